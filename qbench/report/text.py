@@ -1,0 +1,122 @@
+"""How results look as plain text: data in, one string out; nothing here prints, colours or measures.
+
+Tables are aligned, stand in `WIDTH` columns and use no character that a plain terminal lacks.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from qbench.report.data import CodeSpread, Comparison, RunSummary, Verification
+
+WIDTH = 80
+
+COMPARISON_LABELS: Mapping[str, str] = {
+    "parameters": "trained codes vs converted codes",
+    "eval_vs_program": "QAT eval vs Q/DQ program",
+    "program_vs_onnxruntime": "Q/DQ program vs ONNX Runtime",
+    "program_vs_executorch": "Q/DQ program vs ExecuTorch",
+}
+RUNTIME_LABELS: Mapping[str, str] = {"onnxruntime": "ONNX Runtime", "executorch": "ExecuTorch"}
+STEP_LABELS: Mapping[str, str] = {
+    "float": "train float",
+    "qat": "fine-tune QAT",
+    "convert": "convert",
+    "export": "export",
+    "verify": "verify",
+    "score": "score",
+    "total": "total",
+}
+
+
+def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> list[str]:
+    """Align rows of equal length into lines, two spaces between columns.
+
+    Args:
+        rows: Cells; each row as long as the first.
+        right: Indices of the columns that are aligned to the right (numbers).
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def bullets(notes: Sequence[str], width: int = WIDTH) -> list[str]:
+    """Notes as wrapped lines, each note starting with a dash."""
+    return [
+        line for note in notes for line in textwrap.wrap(note, width, initial_indent="- ", subsequent_indent="  ")
+    ]
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """A share in [0, 1] as a percentage; a share above 0 never reads as zero."""
+    text = f"{100 * share:.{digits}f} %"
+    if share > 0 and float(text[:-2]) == 0:
+        return f"<{10.0**-digits:.{digits}f} %"
+    return text
+
+
+def duration(seconds: float) -> str:
+    """Wall-clock time that a person reads: `0.4 s`, `37 s`, `2 min 05 s`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+def size(n_bytes: int) -> str:
+    """A file's size in decimal units: `312 B`, `11.4 MB`."""
+    amount = float(n_bytes)
+    for unit in ("B", "kB", "MB"):
+        if amount < 999.5:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"
+
+
+def comparison_cells(label: str, comparison: Comparison) -> tuple[str, str, str, str]:
+    """Label, codes compared, codes different, and a verdict in words."""
+    if comparison.exact:
+        verdict = "exact"
+    elif not comparison.compared:
+        verdict = "nothing compared"
+    else:
+        verdict = f"{percent(comparison.share, 3)}, by {comparison.largest_step} at most"
+    return label, f"{comparison.compared:,}", f"{comparison.different:,}", verdict
+
+
+def comparison_line(comparison: Comparison) -> str:
+    """One comparison as a sentence: `parameters: 0 of 11,689,512 differ (exact)`."""
+    label, compared, different, verdict = comparison_cells(comparison.name, comparison)
+    return f"{label}: {different} of {compared} differ ({verdict})"
+
+
+def comparison_table(comparisons: Mapping[str, Comparison]) -> list[str]:
+    """One row a comparison, by the keys of `Verification.comparisons`."""
+    header = ("what is compared", "codes", "different", "")
+    rows = [comparison_cells(COMPARISON_LABELS.get(key, key), value) for key, value in comparisons.items()]
+    return columns([header, *rows], right=frozenset({1, 2}))
+
+
+def spread_line(spread: Sequence[CodeSpread]) -> str:
+    """The least varied and the most saturated tensor of the ones looked at."""
+    least = min(spread, key=lambda s: s.distinct)
+    worst = max(spread, key=lambda s: s.saturated_share)
+    return (
+        f"codes of {len(spread)} tensors: at least {least.distinct} distinct ({least.name}), "
+        f"at most {percent(worst.saturated_share)} saturated ({worst.name})"
+    )
+
+
+def verification_table(verification: Verification) -> str:
+    """The comparisons as a table, then the layers that differ, the spread of the codes and the notes."""
+    differing = [comparison_line(layer) for layer in verification.layers if layer.different]
+    notes = [*differing, *([spread_line(verification.spread)] if verification.spread else []), *verification.notes]
+    lines = comparison_table(verification.comparisons) + bullets(notes)
+    return "\n".join(lines)
