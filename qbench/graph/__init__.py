@@ -1,0 +1,1 @@
+"""Reading and rewriting programs: the q/dq operators and what recognises them."""

@@ -1,0 +1,127 @@
+"""The `quantized_decomposed` operators: found where a library defines them, else defined here.
+
+`import torch` does not register them. A namespace can be defined only once in a process, and other libraries
+(ExecuTorch, torchao) import the definition that ships inside PyTorch; so that one is used as long as it exists, and the
+same schemas are defined here only where nothing else offers them. Nothing happens at import: the first call of
+`quantized_decomposed` does the work.
+
+    quantize     clamp(rne(x · (1/s)) + z, qmin, qmax)
+    dequantize   (q − z) · s
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+from qbench.numerics.qparams import along_axis
+
+# Modules known to register the namespace on import; tried in order.
+_DEFINING_MODULES = ("torch.ao.quantization.fx._decomposed",)
+
+_SCHEMAS = {
+    "quantize_per_tensor": "(Tensor input, float scale, int zero_point, int quant_min, int quant_max, "
+    "ScalarType dtype) -> Tensor",
+    "dequantize_per_tensor": "(Tensor input, float scale, int zero_point, int quant_min, int quant_max, "
+    "ScalarType dtype, *, ScalarType? out_dtype=None) -> Tensor",
+    "quantize_per_channel": "(Tensor input, Tensor scales, Tensor zero_points, int axis, int quant_min, "
+    "int quant_max, ScalarType dtype) -> Tensor",
+    "dequantize_per_channel": "(Tensor input, Tensor scales, Tensor? zero_points, int axis, int quant_min, "
+    "int quant_max, ScalarType dtype, *, ScalarType? out_dtype=None) -> Tensor",
+}
+
+
+def quantized_decomposed() -> Any:
+    """Return `torch.ops.quantized_decomposed` with the q and dq operators registered."""
+    _register()
+    return torch.ops.quantized_decomposed
+
+
+def _is_registered() -> bool:
+    return all(hasattr(torch.ops.quantized_decomposed, name) for name in _SCHEMAS)
+
+
+@functools.cache
+def _register() -> None:
+    for module in _DEFINING_MODULES:
+        if _is_registered():
+            return
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue
+    if not _is_registered():
+        define_operators(torch.library.Library("quantized_decomposed", "DEF"))
+
+
+def define_operators(library: torch.library.Library) -> None:
+    """Define q and dq, per tensor and per channel, in `library` (kept alive by the caller's process).
+
+    The kernels are composite: they run on every device and trace through fake tensors.
+    """
+    kernels = {
+        "quantize_per_tensor": _quantize_per_tensor,
+        "dequantize_per_tensor": _dequantize_per_tensor,
+        "quantize_per_channel": _quantize_per_channel,
+        "dequantize_per_channel": _dequantize_per_channel,
+    }
+    for name, schema in _SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, kernels[name], "CompositeExplicitAutograd")
+    _LIBRARIES.append(library)
+
+
+# A Library unregisters its operators when it is collected.
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def _quantize_per_tensor(
+    input: torch.Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.clamp(torch.round(input.float() * (1.0 / scale)) + zero_point, quant_min, quant_max).to(dtype)
+
+
+def _dequantize_per_tensor(
+    input: torch.Tensor,
+    scale: float,
+    zero_point: int,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return (input.to(out_dtype or torch.float32) - zero_point) * scale
+
+
+def _quantize_per_channel(
+    input: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    scale, zero_point = along_axis(scales, axis, input.ndim), along_axis(zero_points, axis, input.ndim)
+    return torch.clamp(torch.round(input.float() * (1.0 / scale)) + zero_point, quant_min, quant_max).to(dtype)
+
+
+def _dequantize_per_channel(
+    input: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    dtype: torch.dtype,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    codes = input.to(out_dtype or torch.float32)
+    if zero_points is not None:
+        codes = codes - along_axis(zero_points, axis, input.ndim)
+    return codes * along_axis(scales, axis, input.ndim)

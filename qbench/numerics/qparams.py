@@ -1,0 +1,220 @@
+"""Affine quantization: what is wanted, what was found, and the step between a real number and its code.
+
+    code = clamp(rne(x · (1/s)) + z, qmin, qmax)          real = (code − z) · s
+
+rne rounds half to even. The reciprocal is taken once and multiplied: this, not a division, is what PyTorch's
+`fake_quantize_*` and `quantized_decomposed` operators compute, and it differs from `x / s` at ties. In `fake_quantize`
+the zero point stays outside the rounding, `clamp(rne(x · (1/s)), qmin − z, qmax − z) · s`, which gives the bits of
+dequantize(quantize(x)).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from qbench.errors import ConfigError, NumericsError
+
+# The smallest scale that is handed out: a range of zero width (a constant tensor) still needs a usable reciprocal.
+SMALLEST_SCALE = 2.0**-100
+
+
+@dataclasses.dataclass(frozen=True)
+class QSpec:
+    """What is wanted of a quantizer.
+
+    Attributes:
+        bits: Width of a code, 2 to 32.
+        signed: Whether codes are signed.
+        symmetric: Zero point fixed at 0 (signed) or at the middle code (unsigned).
+        axis: Channel axis of a per-channel quantizer; None quantizes per tensor.
+        narrow: Leave out the lowest signed code, so that codes are symmetric: [−127, 127].
+        power_of_two: Restrict scales to powers of two.
+    """
+
+    bits: int = 8
+    signed: bool = True
+    symmetric: bool = False
+    axis: int | None = None
+    narrow: bool = False
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 32:
+            raise ConfigError(f"QSpec(bits={self.bits!r}): a code is 2 to 32 bits wide, QSpec(bits=8) for example")
+        if self.narrow and not self.signed:
+            raise ConfigError("QSpec(signed=False, narrow=True): only signed codes have a lowest code to leave out")
+
+    @property
+    def qmin(self) -> int:
+        """Lowest code."""
+        return -(2 ** (self.bits - 1)) + int(self.narrow) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """Highest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Smallest integer dtype that stores the codes."""
+        return storage_dtype(self.qmin, self.qmax)
+
+    def __str__(self) -> str:
+        name = f"{'int' if self.signed else 'uint'}{self.bits}"
+        place = "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"{name} {kind} {place}" + (", power-of-two" if self.power_of_two else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class QParams:
+    """What was found: the grid of a tensor.
+
+    Attributes:
+        scale: float32, shape () per tensor or (channels,) per channel, positive and finite.
+        zero_point: int32, same shape as `scale`.
+        qmin: Lowest code.
+        qmax: Highest code.
+        axis: Channel axis, or None per tensor.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    qmin: int
+    qmax: int
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale.shape != self.zero_point.shape:
+            raise NumericsError(
+                f"QParams: scale has shape {tuple(self.scale.shape)}, zero_point {tuple(self.zero_point.shape)}; "
+                "they must be equal"
+            )
+        if (self.axis is None) != (self.scale.ndim == 0):
+            raise NumericsError(
+                f"QParams(axis={self.axis}): scale has shape {tuple(self.scale.shape)}; per tensor is shape () with "
+                "axis=None, per channel is shape (channels,) with an axis"
+            )
+        if self.qmin >= self.qmax:
+            raise NumericsError(f"QParams: qmin {self.qmin} is not below qmax {self.qmax}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Smallest integer dtype that stores the codes."""
+        return storage_dtype(self.qmin, self.qmax)
+
+    def check(self, where: str) -> None:
+        """Raise NumericsError if a scale is not positive and finite or a zero point lies outside the codes.
+
+        Reads values on the host: for the edges of the flow, not for a training step.
+        """
+        bad = ~(torch.isfinite(self.scale) & (self.scale > 0))
+        if bool(bad.any()):
+            value = self.scale[bad].flatten()[0].item()
+            raise NumericsError(f"{where}: a scale is {value}; scales must be positive and finite")
+        outside = (self.zero_point < self.qmin) | (self.zero_point > self.qmax)
+        if bool(outside.any()):
+            value = self.zero_point[outside].flatten()[0].item()
+            raise NumericsError(f"{where}: zero point {value} lies outside the codes [{self.qmin}, {self.qmax}]")
+
+
+def storage_dtype(qmin: int, qmax: int) -> torch.dtype:
+    """Smallest of int8, uint8, int16, int32 that stores every code of [qmin, qmax]."""
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+        info = torch.iinfo(dtype)
+        if info.min <= qmin and qmax <= info.max:
+            return dtype
+    raise NumericsError(f"no integer dtype up to 32 bits stores codes of [{qmin}, {qmax}]")
+
+
+def along_axis(values: Tensor, axis: int | None, ndim: int) -> Tensor:
+    """Shape per-channel values so that they broadcast: (channels,) -> (1, …, channels, …, 1); () stays."""
+    if axis is None or values.ndim == 0:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def choose_qparams(low: Tensor, high: Tensor, spec: QSpec) -> QParams:
+    """Grid that covers the observed range [low, high] extended to contain zero.
+
+        asymmetric   s = (high − low) / (qmax − qmin)      z = clamp(qmin − rne(low / s))
+        symmetric    s = max(|low|, |high|) / qmax         z = 0, or the middle code when unsigned
+
+    Both ends of a symmetric signed range use qmax: dividing by qmax + ½ (as some libraries do) breaks the sign symmetry
+    of the codes.
+
+    Args:
+        low: float, shape () or (channels,).
+        high: same shape.
+        spec: What is wanted.
+
+    Returns:
+        QParams whose tensors are new: changing an observer later does not change them.
+    """
+    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+    if spec.symmetric:
+        half = spec.qmax if spec.signed else (spec.qmax - spec.qmin) // 2
+        scale = torch.maximum(-low, high) / half
+        zero_point = torch.full_like(scale, 0 if spec.signed else spec.qmin + half + 1, dtype=torch.int32)
+    else:
+        scale = (high - low) / (spec.qmax - spec.qmin)
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    scale = scale.clamp(min=SMALLEST_SCALE)
+    if spec.power_of_two:
+        scale = next_power_of_two(scale)
+    if not spec.symmetric:
+        shift = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax)
+        zero_point = torch.nan_to_num(shift).to(torch.int32)
+    return QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis)
+
+
+def next_power_of_two(scale: Tensor) -> Tensor:
+    """Smallest power of two that is not below `scale` (exact: taken from the float's exponent)."""
+    mantissa, exponent = torch.frexp(scale)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    return torch.ldexp(torch.ones_like(scale), exponent)
+
+
+def quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """Codes of a float tensor, in the smallest integer dtype; saturates at qmin and qmax, NaN becomes qmin."""
+    scale, zero_point, ndim = qparams.scale, qparams.zero_point, x.ndim
+    inverse = along_axis(1.0 / scale, qparams.axis, ndim)
+    codes = torch.round(x.float() * inverse) + along_axis(zero_point, qparams.axis, ndim)
+    return _to_integer(codes, qparams.qmin, qparams.qmax)
+
+
+def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
+    """Real values of codes, float32."""
+    zero_point = along_axis(qparams.zero_point, qparams.axis, codes.ndim)
+    return (codes.float() - zero_point) * along_axis(qparams.scale, qparams.axis, codes.ndim)
+
+
+def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """Real values on the grid, bit for bit dequantize(quantize(x)), as plain differentiable-free tensor operations."""
+    scale = along_axis(qparams.scale, qparams.axis, x.ndim)
+    zero_point = along_axis(qparams.zero_point, qparams.axis, x.ndim)
+    steps = torch.round(x * (1.0 / scale))
+    return torch.clamp(steps, qparams.qmin - zero_point, qparams.qmax - zero_point) * scale
+
+
+def inside_range(x: Tensor, qparams: QParams) -> Tensor:
+    """Bool mask of the values that are not clipped: the straight-through estimator lets their gradient pass."""
+    scale = along_axis(qparams.scale, qparams.axis, x.ndim)
+    zero_point = along_axis(qparams.zero_point, qparams.axis, x.ndim)
+    steps = torch.round(x * (1.0 / scale))
+    return (steps >= qparams.qmin - zero_point) & (steps <= qparams.qmax - zero_point)
+
+
+def _to_integer(codes: Tensor, qmin: int, qmax: int) -> Tensor:
+    dtype = storage_dtype(qmin, qmax)
+    codes = torch.nan_to_num(codes, nan=float(qmin), posinf=math.inf, neginf=-math.inf).clamp(qmin, qmax)
+    if max(abs(qmin), abs(qmax)) <= 2**24:
+        return codes.to(dtype)
+    # float32 cannot hold 2**31 − 1: clamping there gives 2**31, which wraps. Saturate again in integers.
+    return codes.to(torch.int64).clamp(qmin, qmax).to(dtype)
