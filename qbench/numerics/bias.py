@@ -4,9 +4,9 @@
     q_b = rne(f64(b) / f64(s_b)), saturated to the bias width
     b̂   = f32(q_b · s_b)
 
-A runtime that is given the float bias `b̂` recovers `q_b` by a rounding of its own, in float32. Every rule in use does so
-without an error for |q_b| ≤ 2²² and none beyond 2²³, so codes are kept below `code_limit`. For a given bias that needs a
-weight scale that is large enough, the floor
+A runtime that is given the float bias `b̂` recovers `q_b` by a rounding of its own, in float32. Every rule in use does
+so without an error for |q_b| ≤ 2²² and none beyond 2²³, so codes are kept below `code_limit`. For a given bias that
+needs a weight scale that is large enough, the floor
 
     |b| ≤ min(qmax_b, 2²²) · s_in · s_w     ⇒     s_w ≥ |b| / (min(qmax_b, 2²²) · s_in)
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qbench.numerics.qparams import next_power_of_two
+from qbench.numerics.qparams import SMALLEST_SCALE, next_power_of_two
 
 # Beyond this a float32 rounding rule may not return the code that a bias on the grid was made from.
 RECOVERABLE_CODE = 2**22
@@ -35,12 +35,12 @@ def bias_scale(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
 
 
 def own_bias_scale(bias: Tensor, bits: int, *, power_of_two: bool = False) -> Tensor:
-    """Scale of a bias that has a grid of its own, per tensor: max|b| / code_limit, as a power of two if asked. Shape ().
+    """Scale of a bias that has a grid of its own: max|b| / code_limit, as a power of two if asked. Per tensor, shape ().
 
     A bias of zeros gets scale 1.
     """
     largest = bias.detach().abs().amax().float()
-    scale = torch.where(largest > 0, largest / code_limit(bits), torch.ones_like(largest))
+    scale = torch.where(largest > 0, largest / code_limit(bits), torch.ones_like(largest)).clamp(min=SMALLEST_SCALE)
     # Rounding the quotient down could push the largest bias over the last code.
     scale = torch.where(scale * code_limit(bits) < largest, torch.nextafter(scale, scale * 2), scale)
     return next_power_of_two(scale) if power_of_two else scale

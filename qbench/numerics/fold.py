@@ -46,8 +46,8 @@ class WeightLayout:
     def spread(self, values: Tensor, weight: Tensor) -> Tensor:
         """Shape per-output-channel values so that they multiply `weight`.
 
-            conv         (out,) -> (out, 1, …)
-            transposed   (out,) -> (groups, 1, out/groups, 1, …) -> (in, out/groups, 1, …)
+        conv         (out,) -> (out, 1, …)
+        transposed   (out,) -> (groups, 1, out/groups, 1, …) -> (in, out/groups, 1, …)
         """
         if not self.transposed:
             return values.reshape(-1, *[1] * (weight.ndim - 1))

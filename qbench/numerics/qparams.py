@@ -4,8 +4,8 @@
 
 rne rounds half to even. The reciprocal is taken once and multiplied: this, not a division, is what PyTorch's
 `fake_quantize_*` and `quantized_decomposed` operators compute, and it differs from `x / s` at ties. In `fake_quantize`
-the zero point stays outside the rounding, `clamp(rne(x · (1/s)), qmin − z, qmax − z) · s`, which gives the bits of
-dequantize(quantize(x)).
+the zero point stays outside the rounding, `clamp(rne(x · (1/s)), qmin − z, qmax − z) · s`, which gives the values of
+dequantize(quantize(x)), except that a zero may keep the sign of x and that NaN stays NaN instead of becoming qmin.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class QSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 32:
             raise ConfigError(f"QSpec(bits={self.bits!r}): a code is 2 to 32 bits wide, QSpec(bits=8) for example")
+        if self.bits == 32 and not self.signed:
+            raise ConfigError("QSpec(bits=32, signed=False): codes are stored in int32 at most, QSpec(bits=32) fits")
         if self.narrow and not self.signed:
             raise ConfigError("QSpec(signed=False, narrow=True): only signed codes have a lowest code to leave out")
 
@@ -169,8 +171,8 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QSpec) -> QParams:
     if spec.power_of_two:
         scale = next_power_of_two(scale)
     if not spec.symmetric:
-        shift = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax)
-        zero_point = torch.nan_to_num(shift).to(torch.int32)
+        shift = spec.qmin - torch.round(low / scale)
+        zero_point = _to_integer(torch.nan_to_num(shift), spec.qmin, spec.qmax).to(torch.int32)
     return QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis)
 
 
@@ -196,9 +198,13 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
-    """Real values on the grid, bit for bit dequantize(quantize(x)), as plain differentiable-free tensor operations."""
+    """Real values on the grid, equal to dequantize(quantize(x)), as plain differentiable-free tensor operations.
+
+    `x` is float32 (or float64): in half precision the rounding itself would be half precision. A value that rounds to
+    zero from below gives −0.0, and NaN stays NaN, so that a broken activation is seen.
+    """
     scale = along_axis(qparams.scale, qparams.axis, x.ndim)
-    zero_point = along_axis(qparams.zero_point, qparams.axis, x.ndim)
+    zero_point = along_axis(qparams.zero_point.long(), qparams.axis, x.ndim)  # int32 would wrap in qmin − z
     steps = torch.round(x * (1.0 / scale))
     return torch.clamp(steps, qparams.qmin - zero_point, qparams.qmax - zero_point) * scale
 
@@ -206,7 +212,7 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
 def inside_range(x: Tensor, qparams: QParams) -> Tensor:
     """Bool mask of the values that are not clipped: the straight-through estimator lets their gradient pass."""
     scale = along_axis(qparams.scale, qparams.axis, x.ndim)
-    zero_point = along_axis(qparams.zero_point, qparams.axis, x.ndim)
+    zero_point = along_axis(qparams.zero_point.long(), qparams.axis, x.ndim)  # int32 would wrap in qmin − z
     steps = torch.round(x * (1.0 / scale))
     return (steps >= qparams.qmin - zero_point) & (steps <= qparams.qmax - zero_point)
 

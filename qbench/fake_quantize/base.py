@@ -1,0 +1,168 @@
+"""The quantizer of a tensor: real in, real on the grid out.
+
+In training it observes first and quantizes with the range that includes this batch, so what it hands out while training
+is what the stored scale and zero point give in eval, and what `convert` writes down: there is one formula,
+`qbench.numerics.qparams`, and one place, the buffers `scale` and `zero_point`.
+
+Whether a quantizer observes follows from `model.train()` and `disable_observer`; a module in eval never changes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbench.errors import NumericsError, QBenchWarning
+from qbench.numerics.qparams import QParams, QSpec
+from qbench.numerics.straight_through import fake_quantize_ste
+from qbench.observers import Observer
+
+
+class FakeQuantize(nn.Module):
+    """Fixed-range quantizer: an observer finds the grid, rounding passes gradients straight through.
+
+    Args:
+        spec: What is wanted.
+        observer: Finds the range; its spec is this one.
+
+    Attributes:
+        scale: float32 buffer, () or (channels,): the grid in use. A stateless observer (weights) keeps none.
+        zero_point: int32 buffer of the same shape.
+        observer_enabled: Whether training-mode forwards move the range.
+        fake_quant_enabled: Whether the output is put on the grid.
+        seen_data: Whether there is a grid at all.
+        label: Path of this quantizer in the prepared model, for messages.
+    """
+
+    # Quantizers with parameters of their own set this: links must then be known before the optimizer is made.
+    learned = False
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QSpec, observer: Observer) -> None:
+        super().__init__()
+        self.spec = spec
+        self.observer = observer
+        self.observer_enabled = True
+        self.fake_quant_enabled = True
+        self.seen_data = observer.stateless
+        self.label = ""
+        if not observer.stateless:
+            self.register_buffer("scale", torch.tensor(1.0))
+            self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+
+    @property
+    def active(self) -> bool:
+        """Whether the output lies on a grid: fake-quant is on and there is a grid."""
+        return self.fake_quant_enabled and self.seen_data
+
+    @property
+    def scales_with_tensor(self) -> bool:
+        """Whether codes stay the same when a channel is multiplied by a positive number.
+
+        True for symmetric per-channel min–max ranges of the tensor at hand, whose scale moves along. Then the codes of a
+        folded weight are those of the weight itself.
+        """
+        spec = self.spec
+        return self.observer.stateless and spec.symmetric and spec.axis is not None and not spec.power_of_two
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe (in training), then put `x` on the grid. Shape and dtype of `x`."""
+        if self.observer.stateless:
+            return fake_quantize_ste(x, self.qparams_of(x)) if self.fake_quant_enabled else x
+        if self.training and self.observer_enabled:
+            self._observe(x)
+        if not self.fake_quant_enabled:
+            return x
+        if not self.seen_data:
+            warnings.warn(
+                f"quantizer {self.label or '(unnamed)'} has seen no data: its input is passed on in float. Run "
+                "training-mode forwards on real data first",
+                QBenchWarning,
+                stacklevel=2,
+            )
+            return x
+        return fake_quantize_ste(x, self.snapshot())
+
+    def qparams_of(self, x: Tensor) -> QParams:
+        """Grid that this quantizer uses for `x`: of `x` itself where the observer is stateless, else the stored one."""
+        return self.observer(x) if self.observer.stateless else self.snapshot()
+
+    def snapshot(self) -> QParams:
+        """The grid in use, as tensors of its own.
+
+        A quantizer that is used twice in one step (pyramid levels, a branch) observes in between; what backward saved of
+        the first use must not change.
+        """
+        return QParams(
+            self.scale.float().clone(), self.zero_point.clone(), self.spec.qmin, self.spec.qmax, self.spec.axis
+        )
+
+    def deployed_qparams(self) -> QParams:
+        """The grid to deploy, checked.
+
+        Raises:
+            NumericsError: no data was seen, or a scale is not positive and finite.
+        """
+        if not self.seen_data:
+            raise NumericsError(
+                f"quantizer {self.label or '(unnamed)'} has seen no data: run the prepared model in training mode on "
+                "real data before convert"
+            )
+        qparams = self.snapshot()
+        qparams.check(f"quantizer {self.label or '(unnamed)'}")
+        return qparams
+
+    def _observe(self, x: Tensor) -> None:
+        qparams = self.observer(x)
+        with torch.no_grad():
+            if self.scale.shape == qparams.scale.shape:
+                self.scale.copy_(qparams.scale)
+                self.zero_point.copy_(qparams.zero_point)
+            else:
+                self.scale, self.zero_point = qparams.scale, qparams.zero_point
+        self.seen_data = True
+
+    def get_extra_state(self) -> Tensor:
+        """The switches, as a uint8 tensor (3,): observer, fake-quant, seen data."""
+        return torch.tensor([self.observer_enabled, self.fake_quant_enabled, self.seen_data], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restore the switches from a state dict."""
+        self.observer_enabled, self.fake_quant_enabled, self.seen_data = (bool(value) for value in state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Per-channel buffers are scalars until data is seen: take the shape that is loaded.
+        for owner, name in (
+            (self, "scale"),
+            (self, "zero_point"),
+            (self.observer, "min_val"),
+            (self.observer, "max_val"),
+        ):
+            key = prefix + ("" if owner is self else "observer.") + name
+            if key in state_dict and hasattr(owner, name):
+                old = getattr(owner, name)
+                if old.shape != state_dict[key].shape:
+                    setattr(owner, name, torch.empty_like(state_dict[key], device=old.device, dtype=old.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """What is wanted and what was found."""
+        parts = [str(self.spec)]
+        if not self.observer.stateless:
+            if not self.seen_data:
+                parts.append("no data seen")
+            elif self.scale.ndim == 0:
+                parts.append(f"scale={self.scale.item():.4g}, zero_point={self.zero_point.item()}")
+        if not self.fake_quant_enabled:
+            parts.append("fake-quant off")
+        if not self.observer_enabled:
+            parts.append("observer off")
+        return ", ".join(parts)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"

@@ -1,0 +1,31 @@
+"""Switches to hand to `model.apply`: each acts on the quantizers and leaves every other module alone."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qbench.fake_quantize.base import FakeQuantize
+
+
+def disable_observer(module: nn.Module) -> None:
+    """Stop moving the range: `model.apply(qbench.disable_observer)`."""
+    if isinstance(module, FakeQuantize):
+        module.observer_enabled = False
+
+
+def enable_observer(module: nn.Module) -> None:
+    """Move the range again in training mode."""
+    if isinstance(module, FakeQuantize):
+        module.observer_enabled = True
+
+
+def disable_fake_quant(module: nn.Module) -> None:
+    """Pass values on in float (the range is still observed); a layer whose input is float has no bias error."""
+    if isinstance(module, FakeQuantize):
+        module.fake_quant_enabled = False
+
+
+def enable_fake_quant(module: nn.Module) -> None:
+    """Put values on the grid again."""
+    if isinstance(module, FakeQuantize):
+        module.fake_quant_enabled = True

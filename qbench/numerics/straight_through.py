@@ -1,0 +1,95 @@
+"""Gradients of rounding: the straight-through estimator.
+
+    forward    the exact value on the grid, bit for bit
+    backward   ∂/∂x round(x) = 1;  a clipped value has gradient 0
+
+With a scale `s` that is learned, and the rounding residual `r = round(x/s) − x/s` held constant (LSQ, Esser et al. 2020,
+equation 3): ∂(s·round(x/s))/∂s = r inside the range, and the bound that was reached outside it.
+
+An expression such as `x + (q − x).detach()` has these gradients too but not the bits: the sum rounds once more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.numerics.bias import bias_codes, dequantize_bias
+from qbench.numerics.qparams import QParams, along_axis
+
+
+class _Replace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def straight_through(source: Tensor, value: Tensor) -> Tensor:
+    """`value` going forward, the gradient to `source` going backward; same shape."""
+    return _Replace.apply(source, value.detach())
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Saves x and the (fresh) scale and zero point: a quantizer that observes again in the same step changes neither."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.bounds = (qmin, qmax, axis)
+        wide_scale = along_axis(scale, axis, x.ndim)
+        wide_zero = along_axis(zero_point, axis, x.ndim)
+        steps = x * (1.0 / wide_scale) if x.dtype == torch.float32 else x.float() * (1.0 / wide_scale)
+        return steps.round_().clamp_(qmin - wide_zero, qmax - wide_zero).mul_(wide_scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        qmin, qmax, axis = ctx.bounds
+        wide_scale = along_axis(scale, axis, x.ndim)
+        wide_zero = along_axis(zero_point, axis, x.ndim)
+        position = x.float() * (1.0 / wide_scale)
+        steps = position.round()
+        clipped = steps.clamp(qmin - wide_zero, qmax - wide_zero)
+        inside = steps == clipped
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, steps - position, clipped) * grads[0].float()
+            dims = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
+            grad_scale = slope.sum(dims) if dims else slope
+        return grads[0] * inside, grad_scale, None, None, None, None
+
+
+def fake_quantize_ste(x: Tensor, qparams: QParams) -> Tensor:
+    """`fake_quantize` with the straight-through gradient, in the dtype of `x` (computed in float32)."""
+    return _FakeQuantize.apply(x, qparams.scale, qparams.zero_point, qparams.qmin, qparams.qmax, qparams.axis)
+
+
+class _FakeQuantizeBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, scale: Tensor, bits: int) -> Tensor:
+        codes, saturated = bias_codes(bias, scale, bits)
+        ctx.save_for_backward(bias, scale, codes, saturated)
+        return dequantize_bias(codes, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        bias, scale, codes, saturated = ctx.saved_tensors
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            residual = torch.where(saturated, codes.double(), codes.double() - bias.double() / scale.double())
+            grad_scale = (residual * grads[0]).float()
+            grad_scale = grad_scale.sum() if scale.ndim == 0 else grad_scale
+        return grads[0] * ~saturated, grad_scale, None
+
+
+def fake_quantize_bias_ste(bias: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`b̂ = f32(q_b · s_b)` with gradients to the bias (1, or 0 where saturated) and to its scale (the residual)."""
+    return _FakeQuantizeBias.apply(bias, scale, bits)

@@ -1,0 +1,64 @@
+"""Min–max ranges.
+
+    latest           [min x, max x]                                of the tensor at hand
+    running          [min over all x, max over all x]
+    moving average   m ← m + c·(min x − m),  M alike               c = 0.01; the first tensor sets the range
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qbench.numerics.qparams import QSpec
+from qbench.observers.base import Observer
+
+
+class LatestMinMaxObserver(Observer):
+    """Range of the tensor at hand: the one definition of a weight's range in train, eval and convert."""
+
+    stateless = True
+
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the range of `x`."""
+        return self.range_of(x)
+
+
+class MinMaxObserver(Observer):
+    """Range of everything seen."""
+
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Widen the range by `x`."""
+        low, high = self.range_of(x)
+        low, high = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
+        self.min_val, self.max_val = _stored(self.min_val, low), _stored(self.max_val, high)
+        return low, high
+
+
+class MovingAverageMinMaxObserver(Observer):
+    """Exponential moving average of the range of each tensor.
+
+    Args:
+        spec: What is wanted.
+        averaging_constant: Weight `c` of the newest tensor.
+    """
+
+    def __init__(self, spec: QSpec, averaging_constant: float = 0.01) -> None:
+        super().__init__(spec)
+        self.averaging_constant = averaging_constant
+
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the range towards that of `x`; the first tensor sets it (decided on the device, without a sync)."""
+        low, high = (self._average(old, new) for old, new in zip((self.min_val, self.max_val), self.range_of(x)))
+        self.min_val, self.max_val = _stored(self.min_val, low), _stored(self.max_val, high)
+        return low, high
+
+    def _average(self, old: Tensor, new: Tensor) -> Tensor:
+        return torch.where(torch.isinf(old), new, old + self.averaging_constant * (new - old))
+
+
+def _stored(buffer: Tensor, value: Tensor) -> Tensor:
+    """Write `value` into the buffer in place, so that references (DDP's, a compiled graph's) stay; grow it on first use."""
+    if buffer.shape != value.shape:
+        return value.clone()
+    return buffer.copy_(value)

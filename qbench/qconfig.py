@@ -1,0 +1,166 @@
+"""What a model is quantized to: a frozen `QConfig`, held by `model.qconfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qbench import targets
+from qbench.errors import ConfigError
+from qbench.fake_quantize import BiasQuantizer, FakeQuantize
+from qbench.fake_quantize.bias import BiasSpec
+from qbench.numerics.qparams import QSpec
+from qbench.observers import LatestMinMaxObserver, MovingAverageMinMaxObserver, Observer
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerConfig:
+    """How to make the quantizer of an activation or a weight.
+
+    Attributes:
+        spec: The grid that is wanted.
+        observer: Class that finds the range.
+        fake_quantize: Class of the quantizer.
+        observer_options: Further keyword arguments of the observer.
+    """
+
+    spec: QSpec
+    observer: type[Observer] = MovingAverageMinMaxObserver
+    fake_quantize: type[FakeQuantize] = FakeQuantize
+    observer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def make(self, *, axis: int | None = None) -> FakeQuantize:
+        """A new quantizer; `axis` moves the channel axis of a per-channel spec."""
+        spec = self.spec
+        if axis is not None and spec.axis is not None and spec.axis != axis:
+            spec = dataclasses.replace(spec, axis=axis)
+        return self.fake_quantize(spec, self.observer(spec, **self.observer_options))
+
+    def __str__(self) -> str:
+        return f"{self.spec} ({self.observer.__name__}, {self.fake_quantize.__name__})"
+
+
+@dataclasses.dataclass(frozen=True)
+class QConfig:
+    """Target and specs of a model or of a part of it.
+
+    Attributes:
+        target: Name of a target, `qbench.targets.names()` lists them, or a `Target`.
+        activation: Quantizer of activations; a `QSpec` stands for moving-average min–max on that grid; None takes the
+            target's.
+        weight: Quantizer of weights; a `QSpec` stands for min–max of the weight at hand; None takes the target's.
+        bias: Width and scale rule of the bias.
+
+    Raises:
+        ConfigError: an unknown target, or a width or bias rule that the target does not have.
+    """
+
+    target: str | targets.Target = "onnxruntime"
+    activation: QuantizerConfig | None = None
+    weight: QuantizerConfig | None = None
+    bias: BiasSpec = BiasSpec()
+
+    def __post_init__(self) -> None:
+        target = targets.get(self.target)
+        fill = object.__setattr__  # the one place where a frozen config is written: while it is made
+        fill(self, "activation", _as_config(self.activation, target.activation, MovingAverageMinMaxObserver))
+        fill(self, "weight", _as_config(self.weight, target.weight, LatestMinMaxObserver))
+        _check_target(self, target)
+
+    @property
+    def deployment(self) -> targets.Target:
+        """The target itself."""
+        return targets.get(self.target)
+
+    def make_activation(self) -> FakeQuantize:
+        """A new activation quantizer."""
+        return _made(self.activation).make()
+
+    def make_weight(self, *, axis: int) -> FakeQuantize:
+        """A new weight quantizer whose channels lie along `axis`."""
+        return _made(self.weight).make(axis=axis)
+
+    def make_bias(self) -> BiasQuantizer:
+        """A new bias quantizer."""
+        return BiasQuantizer(self.bias)
+
+    def __str__(self) -> str:
+        return f"{self.target}: activation {self.activation}; weight {self.weight}; bias {self.bias}"
+
+
+def get_qconfig(
+    target: str | targets.Target = "onnxruntime",
+    *,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    bias_bits: int = 32,
+    bias_scale: str = "input_weight",
+    observer: type[Observer] = MovingAverageMinMaxObserver,
+) -> QConfig:
+    """The target's QConfig with other widths.
+
+    Args:
+        target: Name of a target.
+        weight_bits: Width of weight codes.
+        activation_bits: Width of activation codes.
+        bias_bits: Width of bias codes.
+        bias_scale: `"input_weight"`, `"own"` or `"own_pow2"`.
+        observer: Finds the range of activations.
+
+    Raises:
+        ConfigError: the target does not have what is asked for; the message names what it has.
+    """
+    found = targets.get(target)
+    return QConfig(
+        target=target,
+        activation=QuantizerConfig(_with_bits(found.activation, activation_bits), observer),
+        weight=QuantizerConfig(_with_bits(found.weight, weight_bits), LatestMinMaxObserver),
+        bias=BiasSpec(bias_bits, bias_scale),
+    )
+
+
+def _with_bits(spec: QSpec, bits: int) -> QSpec:
+    return dataclasses.replace(spec, bits=bits)
+
+
+def _as_config(
+    given: QuantizerConfig | QSpec | None, default: QSpec, observer: type[Observer]
+) -> QuantizerConfig:
+    if isinstance(given, QuantizerConfig):
+        return given
+    if given is None or isinstance(given, QSpec):
+        return QuantizerConfig(given or default, observer)
+    raise ConfigError(
+        f"QConfig: {given!r} is not a quantizer config; pass a QuantizerConfig or a QSpec, such as QSpec(bits=8)"
+    )
+
+
+def _made(config: QuantizerConfig | None) -> QuantizerConfig:
+    if config is None:
+        raise ConfigError("this QConfig has no quantizer here")
+    return config
+
+
+def _check_target(config: QConfig, target: targets.Target) -> None:
+    for role, quantizer in (("activation", config.activation), ("weight", config.weight)):
+        bits = _made(quantizer).spec.bits
+        if bits not in target.bits:
+            near = min(target.bits, key=lambda width: abs(width - bits))
+            raise ConfigError(
+                f"{role} of {bits} bits: target {target.name} has {_listed(target.bits)}; {role}_bits={near} is the nearest"
+            )
+    if config.bias.bits not in target.bias_bits:
+        near = min(target.bias_bits, key=lambda width: abs(width - config.bias.bits))
+        raise ConfigError(
+            f"a bias of {config.bias.bits} bits: target {target.name} has {_listed(target.bias_bits)}; "
+            f"bias_bits={near} is the nearest"
+        )
+    if config.bias.scale not in target.bias_scales:
+        raise ConfigError(
+            f"bias scale {config.bias.scale!r}: target {target.name} has {', '.join(target.bias_scales)}"
+        )
+
+
+def _listed(widths: tuple[int, ...]) -> str:
+    return ", ".join(str(width) for width in widths)

@@ -1,0 +1,22 @@
+"""ONNX Runtime, CPU execution provider, QDQ models."""
+
+from qbench.numerics.qparams import QSpec
+from qbench.targets.base import Target
+
+ONNXRUNTIME = Target(
+    name="onnxruntime",
+    description="ONNX Runtime (QDQ model, CPU)",
+    activation=QSpec(bits=8, signed=True, symmetric=False),
+    weight=QSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
+    bits=(2, 3, 4, 5, 6, 7, 8),
+    bias_bits=tuple(range(8, 33)),
+    bias_scales=("input_weight", "own", "own_pow2"),
+    sources={
+        "activation int8 asymmetric behind a float input": "ONNX QuantizeLinear; onnxruntime QDQ selectors: int8 graph "
+        "inputs stay float, a float input with QuantizeLinear fuses",
+        "weight int8 symmetric per channel": "ONNX QLinearConv: w_zero_point must be 0 per channel for int8 kernels",
+        "bias int32 at s_in·s_w": "ONNX QLinearConv specification, input B",
+        "narrower codes": "stored in int8; the grid has fewer codes, the arithmetic is that of 8 bits",
+        "cat on one grid": "not needed by ONNX Runtime, which requantizes; kept so that one model serves XNNPACK too",
+    },
+)
