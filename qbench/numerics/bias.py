@@ -35,7 +35,7 @@ def bias_scale(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
 
 
 def own_bias_scale(bias: Tensor, bits: int, *, power_of_two: bool = False) -> Tensor:
-    """Scale of a bias that has a grid of its own: max|b| / code_limit, as a power of two if asked. Per tensor, shape ().
+    """Scale of a bias that has a grid of its own: max|b| / code_limit, a power of two if asked. Per tensor, shape ().
 
     A bias of zeros gets scale 1.
     """
