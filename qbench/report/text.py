@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from qbench.report.data import CodeSpread, Comparison, RunSummary, Verification
+from qbench.report.data import CodeSpread, Comparison, Verification
 
 WIDTH = 80
 
@@ -49,9 +49,7 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) 
 
 def bullets(notes: Sequence[str], width: int = WIDTH) -> list[str]:
     """Notes as wrapped lines, each note starting with a dash."""
-    return [
-        line for note in notes for line in textwrap.wrap(note, width, initial_indent="- ", subsequent_indent="  ")
-    ]
+    return [line for note in notes for line in textwrap.wrap(note, width, initial_indent="- ", subsequent_indent="  ")]
 
 
 def percent(share: float, digits: int = 2) -> str:
