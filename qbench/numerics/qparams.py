@@ -180,7 +180,8 @@ def next_power_of_two(scale: Tensor) -> Tensor:
     """Smallest power of two that is not below `scale` (exact: taken from the float's exponent)."""
     mantissa, exponent = torch.frexp(scale)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    return torch.ldexp(torch.ones_like(scale), exponent)
+    # frexp gives NaN and infinity the exponent 0: they must stay what they are, to be found by QParams.check.
+    return torch.where(torch.isfinite(scale), torch.ldexp(torch.ones_like(scale), exponent), scale)
 
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
