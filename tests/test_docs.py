@@ -8,6 +8,7 @@ block that cannot be run here follows a comment `<!-- not run: reason -->`; the 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import sys
 import types
@@ -121,6 +122,14 @@ def test_make_targets_named_in_the_page_exist(path: Path) -> None:
 def test_the_two_commands_stand_in_the_readme() -> None:
     named = [words[1] for words in commands((ROOT / "README.md").read_text()) if words[0] == "make"]
     assert {"demo", "test"} <= set(named)
+
+
+def test_figures_are_those_that_the_script_draws() -> None:
+    figures = runpy.run_path(str(ROOT / "docs" / "images" / "make_figures.py"))
+    images = ROOT / "docs" / "images"
+    assert {path.stem for path in images.glob("*.svg")} == set(figures["FIGURES"])
+    for name, draw in figures["FIGURES"].items():
+        assert draw().svg() == (images / f"{name}.svg").read_text(encoding="utf-8"), name
 
 
 # The checks above are themselves checked: each must see the fault that it is there for.

@@ -95,9 +95,9 @@ class Figure:
             f'stroke-width="1.3" stroke-dasharray="6 4"/>'
         )
 
-    def save(self, path: Path) -> None:
-        """Write the file, one element a line."""
-        path.write_text("\n".join([*self.parts, "</svg>"]) + "\n", encoding="utf-8")
+    def svg(self) -> str:
+        """The text of the file, one element a line."""
+        return "\n".join([*self.parts, "</svg>"]) + "\n"
 
 
 def why() -> Figure:
@@ -239,10 +239,13 @@ def flow() -> Figure:
     return figure
 
 
+FIGURES = {"why": why, "layer": layer, "flow": flow}
+
+
 def main() -> None:
     """Write every figure beside this file."""
-    for name, draw in (("why", why), ("layer", layer), ("flow", flow)):
-        draw().save(Path(__file__).parent / f"{name}.svg")
+    for name, draw in FIGURES.items():
+        (Path(__file__).parent / f"{name}.svg").write_text(draw().svg(), encoding="utf-8")
 
 
 if __name__ == "__main__":
