@@ -33,10 +33,10 @@ ranges = st.tuples(range_ends, range_ends).map(sorted)
 
 
 @st.composite
-def specs(draw: st.DrawFn, bits: st.SearchStrategy[int] = st.integers(2, 16)) -> QSpec:
+def specs(draw: st.DrawFn) -> QSpec:
     signed = draw(st.booleans())
     return QSpec(
-        bits=draw(bits),
+        bits=draw(st.integers(2, 16)),
         signed=signed,
         symmetric=draw(st.booleans()),
         narrow=signed and draw(st.booleans()),
