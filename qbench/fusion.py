@@ -1,0 +1,417 @@
+"""float → fused: chains of modules become wrappers, functional operations become modules.
+
+Each module's own `forward` is traced alone, with all its submodules as leaves. Where only modules of their own are fused, the
+wrapper takes the place of the first and `Identity` that of the others: the class, its methods and its control flow stay. Only
+where a functional operation or a reused activation is replaced does that one `forward` become a graph. A `forward` that cannot
+be traced, or that differs between training and eval, is left as it is; its submodules are treated all the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qbench import mappings
+from qbench.errors import FusionError
+from qbench.nn import ops
+from qbench.nn.intrinsic import Fused
+from qbench.nn.intrinsic.fused import as_types
+from qbench.nn.qat.body import QatModule
+
+# Where the reasons of a fused model are kept, for the report that `prepare_qat` makes.
+NOTES = "_qbench_fusion_notes"
+
+
+def fuse(model: nn.Module, *, example_inputs: tuple[Any, ...] | None = None) -> nn.Module:
+    """A copy of `model` in which every chain of a known pattern is a wrapper and every add, mul, cat is a module.
+
+    Float outputs do not change, bit for bit in eval, and the parameters keep their values.
+
+    Args:
+        model: Any float model; it is not changed.
+        example_inputs: One tuple of inputs; if given, both models are run on it in eval and their outputs compared.
+
+    Raises:
+        FusionError: a BatchNorm cannot be folded into the layer before it, or an output would change.
+    """
+    if not isinstance(model, nn.Module):
+        raise FusionError(f"fuse: got {type(model).__name__}, expected a torch.nn.Module")
+    fused = copy.deepcopy(model)
+    places = Counter(id(module) for _, module in fused.named_modules(remove_duplicate=False))
+    notes: dict[str, str] = {}
+    fused = _fuse_tree(fused, "", places, notes, {})
+    object.__setattr__(fused, NOTES, notes)
+    if example_inputs is not None:
+        _compare_outputs(model, fused, example_inputs)
+    return fused
+
+
+def fuse_modules(
+    model: nn.Module, modules_to_fuse: Sequence[str] | Sequence[Sequence[str]], *, inplace: bool = False
+) -> nn.Module:
+    """Fuse chains that are named by hand, for models with Python control flow.
+
+    Args:
+        model: A float model.
+        modules_to_fuse: Paths of one chain, `["conv", "bn", "relu"]`, or a list of such lists.
+        inplace: Change `model` itself.
+
+    Returns:
+        The model, with the wrapper in place of the first module of each chain and `Identity` in place of the others.
+
+    Raises:
+        FusionError: a path does not exist, no pattern has this chain, or a BatchNorm cannot be folded.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    chains = [modules_to_fuse] if modules_to_fuse and isinstance(modules_to_fuse[0], str) else modules_to_fuse
+    for chain in chains:
+        names = [str(name) for name in chain]
+        parts = tuple(_submodule(model, name) for name in names)
+        _install(model, names, _wrap(mappings.wrapper_of(parts), parts, names[0]))
+    return model
+
+
+class FusedGraph(fx.GraphModule):
+    """A module whose forward became a graph; it keeps every submodule, parameter and attribute, called or not."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str) -> None:
+        super().__init__(root, graph, class_name)
+        _copy_contents(root, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedGraph:
+        carrier = nn.Module()
+        memo[id(self)] = carrier  # a submodule that refers back to its parent is not supported by fx either
+        carrier.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_graph"})
+        graph = fx.Graph()
+        graph._codegen = copy.deepcopy(self.graph._codegen, memo)
+        output = graph.graph_copy(self.graph, val_map={}, return_output_node=True)
+        if output is not None:
+            graph.output(output[0])
+        copied = FusedGraph(carrier, graph, type(self).__name__)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function, args = super().__reduce__()[:2]
+        return _restore_graph, (function, args, _contents(self), type(self).__name__)
+
+    def __str__(self) -> str:
+        return nn.Module.__repr__(self)
+
+
+def _restore_graph(function: Any, args: tuple[Any, ...], contents: dict[str, Any], class_name: str) -> FusedGraph:
+    carrier = nn.Module()
+    carrier.__dict__.update(contents)
+    return FusedGraph(carrier, function(*args).graph, class_name)
+
+
+# What a GraphModule makes for itself.
+_GRAPH_STATE = frozenset(
+    {"_graph", "_code", "graph", "meta", "_tracer_cls", "_tracer_extras", "_lineno_map", "_prologue_start", "shape_env"}
+)
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name not in _GRAPH_STATE}
+
+
+def _copy_contents(source: nn.Module, target: nn.Module) -> None:
+    target.__dict__.update(_contents(source))
+
+
+class _LocalTracer(fx.Tracer):
+    """Traces one forward: every submodule is a leaf."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _fuse_tree(
+    module: nn.Module, path: str, places: Counter[int], notes: dict[str, str], done: dict[int, nn.Module]
+) -> nn.Module:
+    if id(module) in done:
+        return done[id(module)]
+    for name, child in list(module.named_children()):
+        # setattr keeps the position in the module's order.
+        setattr(module, name, _fuse_tree(child, f"{path}.{name}" if path else name, places, notes, done))
+    result = _fuse_one(module, path, places, notes) if _has_own_forward(module) else module
+    done[id(module)] = result
+    return result
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    if isinstance(module, (Fused, QatModule, ops.Add, ops.Mul, ops.Cat, fx.GraphModule)):
+        return False
+    if isinstance(module, nn.Sequential):
+        return True
+    own = type(module).__module__
+    return not own.startswith(("torch.nn.", "torch.ao.")) and type(module).forward is not nn.Module.forward
+
+
+def _fuse_one(module: nn.Module, path: str, places: Counter[int], notes: dict[str, str]) -> nn.Module:
+    try:
+        graph, same = _trace(module)
+    except Exception as error:
+        # Any exception of the user's own code may come out of tracing; the module is left as it is, and that is noted.
+        notes[path] = f"its forward cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return module
+    calls = Counter(id(_target(module, node)) for node in graph.nodes if node.op == "call_module")
+    editor = _Editor(module, graph, path)
+    for chain in list(_chains(module, graph)):
+        parts = [part for _, part in chain.links]
+        reused = any(calls[id(p)] > 1 or places[id(p)] > 1 for p in parts[:-1] or parts)
+        if reused:
+            notes[path] = f"{chain.names()} is called or registered more than once, so it was not fused"
+            continue
+        last_is_own = chain.last_is_module and calls[id(parts[-1])] == 1 and places[id(parts[-1])] == 1
+        if last_is_own:
+            editor.install(chain)
+        elif not same:
+            notes[path] = "its forward differs between training and eval, so functional operations were left as they are"
+        elif not any(True for _ in parts[-1].parameters()):
+            editor.absorb(chain)
+    if same:
+        editor.replace_operations()
+    elif any(_operation(module, node) for node in graph.nodes):
+        notes[path] = "its forward differs between training and eval, so functional operations were left as they are"
+    return editor.finish()
+
+
+def _trace(module: nn.Module) -> tuple[fx.Graph, bool]:
+    """Graph of the module's own forward in its present mode, and whether the other mode gives the same."""
+    graphs = []
+    mode = module.training
+    try:
+        for training in (mode, not mode):
+            module.training = training
+            graphs.append(_LocalTracer().trace(module))
+    finally:
+        module.training = mode
+    first, second = (
+        [(node.op, str(node.target), str(node.args), str(node.kwargs)) for node in graph.nodes] for graph in graphs
+    )
+    return graphs[0], first == second
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """Nodes and modules of one match."""
+
+    wrapper: type[Fused]
+    links: tuple[tuple[fx.Node, nn.Module], ...]
+
+    @property
+    def last_is_module(self) -> bool:
+        return self.links[-1][0].op == "call_module"
+
+    def names(self) -> str:
+        return ", ".join(str(node.target) if node.op == "call_module" else node.name for node, _ in self.links)
+
+
+def _target(module: nn.Module, node: fx.Node) -> nn.Module:
+    return module.get_submodule(str(node.target))
+
+
+def _chains(module: nn.Module, graph: fx.Graph) -> Iterator[_Chain]:
+    taken: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node in taken or node.op != "call_module":
+            continue
+        for wrapper in mappings.wrappers():
+            links = _match(module, node, wrapper)
+            if links:
+                taken.update(link for link, _ in links)
+                yield _Chain(wrapper, links)
+                break
+
+
+def _match(module: nn.Module, node: fx.Node, wrapper: type[Fused]) -> tuple[tuple[fx.Node, nn.Module], ...]:
+    links: list[tuple[fx.Node, nn.Module]] = []
+    current: fx.Node | None = node
+    for position, wanted in enumerate(wrapper.part_types):
+        part = None if current is None else _as_module(module, current)
+        if current is None or part is None or type(part) not in as_types(wanted):
+            return ()
+        if position and (current.op == "call_module") and len(current.args) != 1:
+            return ()
+        links.append((current, part))
+        current = next(iter(current.users)) if len(current.users) == 1 else None
+    return tuple(links)
+
+
+def _as_module(module: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls; for the call of an activation function, a module that computes the same."""
+    if node.op == "call_module":
+        return _target(module, node)
+    kind = mappings.ACTIVATION_CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
+    options = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+    if kind is None or options or len(node.args) > (2 if "inplace" not in node.kwargs else 1):
+        return None
+    if len(node.args) == 2 and not isinstance(node.args[1], bool):
+        return None
+    return kind()
+
+
+class _Editor:
+    """Applies the replacements to one module; makes a graph of its forward only if one of them needs it."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, path: str) -> None:
+        self.module, self.graph, self.path = module, graph, path
+        self.needs_graph = False
+
+    def install(self, chain: _Chain) -> None:
+        """The wrapper in place of the first module, Identity in place of the others."""
+        names = [str(node.target) for node, _ in chain.links]
+        parts = tuple(part for _, part in chain.links)
+        _install(self.module, names, _wrap(chain.wrapper, parts, f"{self.path}.{names[0]}".lstrip(".")))
+
+    def absorb(self, chain: _Chain) -> None:
+        """As `install`, but the last part is a call or a module with other uses: it leaves the graph."""
+        names = [str(node.target) for node, _ in chain.links[:-1]]
+        parts = (*(part for _, part in chain.links[:-1]), copy.deepcopy(chain.links[-1][1]))
+        _install(self.module, names, _wrap(chain.wrapper, parts, f"{self.path}.{names[0]}".lstrip(".")))
+        last = chain.links[-1][0]
+        last.replace_all_uses_with(chain.links[-2][0])
+        self.graph.erase_node(last)
+        self.needs_graph = True
+
+    def replace_operations(self) -> None:
+        for node in list(self.graph.nodes):
+            made = _operation(self.module, node)
+            if made is None:
+                continue
+            replacement, inputs, last = made
+            name = self._free_name(node.name.strip("_"))
+            self.module.add_module(name, replacement)
+            with self.graph.inserting_before(last):
+                call = self.graph.call_module(name, inputs)
+            last.replace_all_uses_with(call)
+            self.graph.erase_node(last)
+            if last is not node:
+                self.graph.erase_node(node)
+            self.needs_graph = True
+
+    def finish(self) -> nn.Module:
+        if not self.needs_graph:
+            return self.module
+        for node in list(self.graph.nodes):
+            # A BatchNorm that moved into a wrapper.
+            if node.op == "call_module" and type(_target(self.module, node)) is nn.Identity and len(node.args) == 1:
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
+        self.graph.lint()
+        return FusedGraph(self.module, self.graph, type(self.module).__name__)
+
+    def _free_name(self, wanted: str) -> str:
+        name, number = wanted, 0
+        while hasattr(self.module, name):
+            number += 1
+            name = f"{wanted}_{number}"
+        return name
+
+
+def _operation(module: nn.Module, node: fx.Node) -> tuple[nn.Module, tuple[fx.Node, ...], fx.Node] | None:
+    """The module for a functional operation, its inputs, and the last node that it replaces (a ReLU after an add)."""
+    if node.op not in ("call_function", "call_method") or not node.users:
+        return None
+    target, args, kwargs = node.target, node.args, node.kwargs
+    if target in mappings.MODULE_CALLS and args and isinstance(args[0], fx.Node):
+        return mappings.MODULE_CALLS[target](*args[1:], **kwargs), (args[0],), node
+    if target in mappings.CAT_CALLS and args and isinstance(args[0], (list, tuple)):
+        tensors = tuple(args[0])
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        if len(tensors) > 1 and all(isinstance(t, fx.Node) for t in tensors) and isinstance(dim, int):
+            return ops.Cat(dim), tensors, node
+    if target not in mappings.TENSOR_OPS or len(args) != 2 or kwargs:
+        return None
+    left, right = args
+    if not (_is_tensor(left) and _is_tensor(right)) or not _mutation_is_unseen(node):
+        return None
+    made = mappings.TENSOR_OPS[target]()
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if isinstance(made, ops.Add) and user is not None and isinstance(_as_module(module, user), nn.ReLU):
+        return ops.AddReLU(), (left, right), user
+    return made, (left, right), node
+
+
+def _mutation_is_unseen(node: fx.Node) -> bool:
+    """Whether nothing reads the left operand after an in-place operation wrote to it."""
+    if node.target not in mappings.IN_PLACE_CALLS:
+        return True
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    left = node.args[0]
+    return isinstance(left, fx.Node) and left.op != "placeholder" and all(
+        order[user] <= order[node] for user in left.users
+    )
+
+
+_SIZE_CALLS = ("size", "dim", "numel", "shape", "ndim", "ndimension")
+_ARITHMETIC = (operator.add, operator.mul, operator.sub, operator.floordiv, operator.truediv, operator.getitem, int, len)
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether a graph value is a tensor as far as can be told: sizes, and numbers computed from sizes, are not."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method" and value.target in _SIZE_CALLS:
+        return False
+    if value.op == "call_function" and value.target is getattr:
+        return value.args[1] not in (*_SIZE_CALLS, "device", "dtype")
+    if value.op == "call_function" and (value.target in _ARITHMETIC):
+        inputs = [arg for arg in value.args if isinstance(arg, fx.Node)]
+        return any(_is_tensor(arg) for arg in inputs)
+    return True
+
+
+def _wrap(wrapper: type[Fused], parts: tuple[nn.Module, ...], path: str) -> Fused:
+    try:
+        return wrapper(*parts)
+    except FusionError as error:
+        raise FusionError(f"{path}: {error}") from None
+
+
+def _install(model: nn.Module, names: Sequence[str], wrapper: Fused) -> None:
+    for hook_holder in wrapper:
+        hook_holder.train(wrapper.training)
+    for position, name in enumerate(names):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity().train(wrapper.training) if position else wrapper)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        near = [path for path, _ in model.named_modules() if path.split(".")[-1] == name.split(".")[-1]]
+        raise FusionError(
+            f"fuse_modules: the model has no module {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        ) from None
+
+
+def _compare_outputs(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> None:
+    first, second = (_eval_outputs(model, inputs) for model in (before, after))
+    if len(first) != len(second) or not all(torch.equal(a, b) for a, b in zip(first, second)):
+        raise FusionError(
+            "fuse changed the output of the model on example_inputs; please report this model. fuse_modules with the "
+            "chains that you know to be right works"
+        )
+
+
+def _eval_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            out = model(*inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    leaves = torch.utils._pytree.tree_leaves(out)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,176 @@
+"""The one place where a QAT class, a pattern or a functional operation is added.
+
+`QAT_CLASSES` is an explicit tuple. A QAT class whose `float_type` is a wrapper (`qbench.nn.intrinsic.Fused`) is also a pattern:
+its `part_types` are the chain that `fuse` looks for, the longest chain first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qbench.errors import ConfigError, FusionError
+from qbench.nn import ops
+from qbench.nn import qat as nnqat
+from qbench.nn.intrinsic import Fused
+from qbench.nn.intrinsic import qat as nniqat
+from qbench.nn.intrinsic.fused import as_types
+from qbench.nn.qat.body import QatModule
+
+QAT_CLASSES: tuple[type[QatModule], ...] = (
+    nniqat.ConvBnReLU1d,
+    nniqat.ConvBnReLU2d,
+    nniqat.ConvBnReLU3d,
+    nniqat.ConvTransposeBnReLU2d,
+    nniqat.LinearBnReLU1d,
+    nniqat.ConvBn1d,
+    nniqat.ConvBn2d,
+    nniqat.ConvBn3d,
+    nniqat.ConvTransposeBn2d,
+    nniqat.LinearBn1d,
+    nniqat.ConvReLU1d,
+    nniqat.ConvReLU2d,
+    nniqat.ConvReLU3d,
+    nniqat.LinearReLU,
+    nnqat.Conv1d,
+    nnqat.Conv2d,
+    nnqat.Conv3d,
+    nnqat.ConvTranspose2d,
+    nnqat.Linear,
+    nnqat.Add,
+    nnqat.AddReLU,
+    nnqat.Mul,
+    nnqat.Cat,
+    nnqat.AdaptiveAvgPool2d,
+    nnqat.AvgPool2d,
+)
+
+# Activations by the function or tensor method that computes them: a chain may end in a call instead of a module.
+ACTIVATION_CALLS: dict[Any, type[nn.Module]] = {
+    F.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    torch.relu_: nn.ReLU,
+    "relu": nn.ReLU,
+    "relu_": nn.ReLU,
+    F.relu6: nn.ReLU6,
+    F.hardswish: nn.Hardswish,
+    F.hardsigmoid: nn.Hardsigmoid,
+    F.silu: nn.SiLU,
+    F.gelu: nn.GELU,
+    F.mish: nn.Mish,
+    F.sigmoid: nn.Sigmoid,
+    torch.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    torch.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+}
+
+# Operations on two tensors that become modules.
+TENSOR_OPS: dict[Any, Callable[[], nn.Module]] = {
+    operator.add: ops.Add,
+    operator.iadd: ops.Add,
+    torch.add: ops.Add,
+    "add": ops.Add,
+    "add_": ops.Add,
+    operator.mul: ops.Mul,
+    operator.imul: ops.Mul,
+    torch.mul: ops.Mul,
+    "mul": ops.Mul,
+    "mul_": ops.Mul,
+}
+IN_PLACE_CALLS = frozenset({operator.iadd, operator.imul, "add_", "mul_", "relu_", torch.relu_})
+CAT_CALLS = frozenset({torch.cat, torch.concat, torch.concatenate})
+
+# Functions of one tensor that become modules made from their other arguments.
+MODULE_CALLS: dict[Any, type[nn.Module]] = {
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    F.avg_pool2d: nn.AvgPool2d,
+}
+
+_REGISTERED: list[type[QatModule]] = []
+
+
+def register_pattern(qat_class: type[QatModule]) -> type[QatModule]:
+    """Add a QAT class: its `float_type` is prepared to it, and if that is a wrapper, `fuse` looks for its chain.
+
+    Usable as a decorator. Registering a class of the same name again replaces it (a notebook cell that is run twice).
+
+    Raises:
+        ConfigError: the class is not a QAT class, has no `float_type`, or its float type or chain is taken.
+    """
+    if not (isinstance(qat_class, type) and issubclass(qat_class, QatModule)):
+        raise ConfigError(
+            f"register_pattern({qat_class!r}): expected a QAT class, such as a subclass of qbench.nn.intrinsic.qat.ConvBn2d"
+        )
+    float_type = qat_class.__dict__.get("float_type")
+    if float_type is None:
+        raise ConfigError(
+            f"register_pattern({qat_class.__name__}): the class must say its own float_type = <the float wrapper>"
+        )
+    if issubclass(float_type, Fused) and not float_type.part_types:
+        raise ConfigError(
+            f"register_pattern({qat_class.__name__}): {float_type.__name__} names no part_types; for example "
+            "part_types = (nn.Conv2d, nn.BatchNorm2d, nn.Hardswish)"
+        )
+    _REGISTERED[:] = [known for known in _REGISTERED if _name(known) != _name(qat_class)]
+    for known in qat_classes():
+        if known is not qat_class and _chains(known) & _chains(qat_class):
+            raise ConfigError(
+                f"register_pattern({qat_class.__name__}): {known.__name__} already handles {known.float_type.__name__}; to use "
+                f"another class for it in one model, prepare_qat(model, mapping={{{known.float_type.__name__}: "
+                f"{qat_class.__name__}}})"
+            )
+    _REGISTERED.append(qat_class)
+    return qat_class
+
+
+def qat_classes() -> tuple[type[QatModule], ...]:
+    """Registered classes, then the built-in ones."""
+    return (*_REGISTERED, *QAT_CLASSES)
+
+
+def default_mapping() -> dict[type[nn.Module], type[QatModule]]:
+    """Float type → QAT type."""
+    return {qat_class.float_type: qat_class for qat_class in reversed(qat_classes())}
+
+
+def wrappers() -> tuple[type[Fused], ...]:
+    """The float wrappers of all patterns, longest chain first."""
+    found = [known.float_type for known in qat_classes() if issubclass(known.float_type, Fused)]
+    return tuple(sorted(found, key=lambda wrapper: -len(wrapper.part_types)))
+
+
+def wrapper_of(parts: tuple[nn.Module, ...]) -> type[Fused]:
+    """The wrapper for these very modules.
+
+    Raises:
+        FusionError: no pattern has this chain; the message lists the chains that start alike.
+    """
+    for wrapper in wrappers():
+        if len(wrapper.part_types) == len(parts) and all(
+            type(part) in as_types(wanted) for part, wanted in zip(parts, wrapper.part_types)
+        ):
+            return wrapper
+    given = ", ".join(type(part).__name__ for part in parts)
+    alike = [w.describe() for w in wrappers() if type(parts[0]) in as_types(w.part_types[0])] if parts else []
+    raise FusionError(
+        f"no pattern is ({given}); patterns that start alike: {'; '.join(alike) or 'none'}. A new one is class data and "
+        "qbench.register_pattern, see docs/patterns.md"
+    )
+
+
+def _name(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
+
+
+def _chains(qat_class: type[QatModule]) -> set[tuple[type[nn.Module], ...]]:
+    """All chains of plain types that a class handles; a single module is a chain of one."""
+    chains: set[tuple[type[nn.Module], ...]] = {()}
+    for part in getattr(qat_class.float_type, "part_types", (qat_class.float_type,)):
+        chains = {(*chain, kind) for chain in chains for kind in as_types(part)}
+    return chains

@@ -1,0 +1,477 @@
+"""The one body of every QAT module: what differs between them is class data.
+
+A QAT module owns the quantizer of its output and, if it has parameters, those of its weight and bias. It knows the
+quantizer of each of its inputs, so that a layer knows `s_in`: a *link*, kept as a strong reference that is not a submodule
+(it survives deepcopy, pickle and `.to()`). An input that no quantizer produced gets one here, in `input_quantizers`.
+
+    eval, frozen BN   y = F.conv*(x̂, Ŵ, b̂)
+    train             y = BN_batch(F.conv*(x̂, Ŵ/k) + b) + e,     e = b̂ − b_f
+
+in one call where BN is folded: a separate add gives other bits. See docs/equations.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qbench.errors import FusionError, LinkError, NumericsError, PreparationError
+from qbench.fake_quantize import BiasQuantizer, FakeQuantize
+from qbench.nn.intrinsic.fused import Fused, as_types
+from qbench.numerics.epilogue import epilogue
+from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
+from qbench.numerics.qparams import QParams
+from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
+from qbench.qconfig import QConfig
+
+Self = TypeVar("Self", bound="QatModule")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCodes:
+    """What a layer deploys, as integers.
+
+    Attributes:
+        weight: Codes, shape of the weight, in the smallest integer dtype.
+        weight_qparams: Their grid.
+        bias: int64 codes, (out,).
+        bias_scale: float32, (out,) or ().
+        bias_value: `b̂`, float32, (out,).
+        bias_saturated: Bool (out,): codes that did not fit.
+        coarsened: Factor by which the bias floor raised the weight scale.
+    """
+
+    weight: Tensor
+    weight_qparams: QParams
+    bias: Tensor
+    bias_scale: Tensor
+    bias_value: Tensor
+    bias_saturated: Tensor
+    coarsened: Tensor
+
+
+class QatModule(nn.Module):
+    """Base of QAT layers and QAT ops: links, input quantizers, output quantizer.
+
+    Attributes:
+        float_type: The float module that this is the QAT form of.
+        qconfig: What it is quantized to.
+        input_quantizers: Quantizers of inputs that arrive in float, by position.
+        output_quantizer: Quantizer of the output.
+    """
+
+    float_type: ClassVar[type[nn.Module]]
+
+    qconfig: QConfig
+    input_quantizers: nn.ModuleDict
+    output_quantizer: FakeQuantize
+    _sources: tuple[FakeQuantize, ...] | None
+
+    @classmethod
+    def from_float(cls: type[Self], module: nn.Module, qconfig: QConfig | None = None) -> Self:
+        """The QAT form of a float module, which it takes the parameters and submodules of.
+
+        Args:
+            module: Of type `float_type`, with a `qconfig` unless one is given.
+            qconfig: What to quantize to; the default is `module.qconfig`.
+
+        Raises:
+            FusionError: the module is of another type.
+            PreparationError: there is no qconfig.
+        """
+        if type(module) is not cls.float_type:
+            raise FusionError(
+                f"{cls.__name__}.from_float: got {type(module).__name__}, expected {cls.float_type.__name__}; "
+                f"{cls.__name__}.from_float({cls.float_type.__name__}(...)) works"
+            )
+        qconfig = qconfig if qconfig is not None else getattr(module, "qconfig", None)
+        if not isinstance(qconfig, QConfig):
+            raise PreparationError(
+                f"{cls.__name__}.from_float: the module's qconfig is {qconfig!r}; set module.qconfig = qbench.get_qconfig() "
+                "or pass qconfig="
+            )
+        qat = cls.__new__(cls)
+        nn.Module.__init__(qat)
+        qat._adopt(module, qconfig)
+        qat.train(module.training)
+        return qat
+
+    def _adopt(self, module: nn.Module, qconfig: QConfig) -> None:
+        adopt_state(self, module)
+        self._add_quantizers(qconfig)
+
+    def to_float(self) -> nn.Module:
+        """The float module with the trained parameters."""
+        module = self.float_type.__new__(self.float_type)
+        nn.Module.__init__(module)
+        adopt_state(module, self)
+        return module.train(self.training)
+
+    def _add_quantizers(self, qconfig: QConfig) -> None:
+        self.qconfig = qconfig
+        self.input_quantizers = nn.ModuleDict()
+        self.output_quantizer = qconfig.make_activation()
+        self._sources = None
+
+    def connect(self, sources: tuple[FakeQuantize, ...] | None, owned: tuple[int, ...] = ()) -> None:
+        """Say which quantizer produced each input.
+
+        Args:
+            sources: One quantizer per input; None forgets the links.
+            owned: Positions whose input arrives in float: their quantizer is applied here and becomes a submodule.
+        """
+        self._sources = sources
+        self.input_quantizers = nn.ModuleDict({str(i): sources[i] for i in owned} if sources else {})
+
+    @property
+    def sources(self) -> tuple[FakeQuantize, ...] | None:
+        """The quantizer of each input; None before links are known."""
+        return self._sources
+
+    @contextlib.contextmanager
+    def recording(self) -> Any:
+        """While links are recorded: inputs are taken as they come."""
+        before, self._sources = self._sources, ()
+        try:
+            yield
+        finally:
+            self._sources = before
+
+    def quantized_inputs(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The inputs on their grids.
+
+        Raises:
+            LinkError: this module was not reached when links were recorded.
+        """
+        if self._sources is None:
+            raise LinkError(
+                f"{type(self).__name__} that puts out to {self.output_quantizer.label or '(an unprepared module)'} does not "
+                "know the quantizer of its input: no recorded forward reached it. Give prepare_qat one example per path, "
+                "example_inputs=[(x, True), (x, False)]"
+            )
+        own = self.input_quantizers
+        if not own:
+            return list(inputs)
+        return [own[str(i)](x) if str(i) in own else x for i, x in enumerate(inputs)]
+
+    def _check_source(self, index: int) -> FakeQuantize:
+        if self._sources is None or len(self._sources) <= index:
+            raise LinkError(
+                f"{self.output_quantizer.label or type(self).__name__}: input {index} has no link; run prepare_qat with "
+                "example_inputs that reach this module"
+            )
+        return self._sources[index]
+
+    def input_qparams(self, index: int = 0) -> QParams:
+        """Grid of an input as it is deployed.
+
+        Raises:
+            LinkError: links are not known.
+            NumericsError: the quantizer has seen no data, or its scale is not usable.
+        """
+        return self._check_source(index).deployed_qparams()
+
+
+class QatOp(QatModule):
+    """QAT form of an operation without parameters: quantizes its output."""
+
+    def __init__(self, *args: Any, qconfig: QConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_quantizers(qconfig)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The float operation on inputs that lie on their grids, put on the output's grid."""
+        y = self.float_type.forward(self, *self.quantized_inputs(inputs))
+        return epilogue(y, quantize=self.output_quantizer)
+
+
+class QatLayer(QatModule):
+    """QAT form of a layer with a weight, and of the wrappers around it.
+
+    Attributes:
+        bn_type: BatchNorm of the chain, or None.
+        activation: Activation of the chain, or None.
+        bn: The BatchNorm, or None.
+        bn_frozen: Whether training normalises with the running statistics.
+        channel_axis: Axis of the output that holds its channels, from the end.
+    """
+
+    linear_type: ClassVar[type[nn.Module]]
+    activation: ClassVar[type[nn.Module] | None] = None
+    channel_axis: ClassVar[int]
+
+    weight: Tensor
+    bias: Tensor | None
+    bn: nn.Module | None
+    activation_module: nn.Module | None
+    weight_quantizer: FakeQuantize
+    bias_quantizer: BiasQuantizer
+    pre_activation_quantizer: FakeQuantize | None
+
+    def __init__(self, *args: Any, qconfig: QConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        bn_type = self.bn_type()
+        out_channels = self.layout().out_channels(self.weight)
+        self._complete(
+            bn_type(out_channels) if bn_type else None, self.activation() if self.activation else None, qconfig
+        )
+
+    @classmethod
+    def bn_type(cls) -> type[nn.Module] | None:
+        """The BatchNorm of the chain."""
+        parts = getattr(cls.float_type, "part_types", ())
+        types = (kind for part in parts for kind in as_types(part))
+        return next((kind for kind in types if is_batch_norm(kind)), None)
+
+    def _adopt(self, module: nn.Module, qconfig: QConfig) -> None:
+        parts = tuple(module) if isinstance(module, Fused) else (module,)
+        if isinstance(module, Fused):
+            module.check_parts(parts)
+        if not isinstance(parts[0], self.linear_type):
+            raise FusionError(
+                f"{type(self).__name__}: its float type {self.float_type.__name__} starts with "
+                f"{type(parts[0]).__name__}, but it computes a {self.linear_type.__name__}"
+            )
+        adopt_state(self, parts[0])
+        rest = list(parts[1:])
+        bn = rest.pop(0) if rest and is_batch_norm(type(rest[0])) else None
+        if len(rest) > 1:
+            raise FusionError(
+                f"{type(self).__name__}: {self.float_type.__name__} has parts {type(self.float_type).__name__} beyond a "
+                "BatchNorm and one activation; a chain is a layer, then at most a BatchNorm, then at most an activation"
+            )
+        self._complete(bn, rest[0] if rest else None, qconfig)
+
+    def _complete(self, bn: nn.Module | None, activation: nn.Module | None, qconfig: QConfig) -> None:
+        self._add_quantizers(qconfig)
+        self.bn = bn
+        self.activation_module = activation
+        self.bn_frozen = False
+        self.weight_quantizer = qconfig.make_weight(axis=self.layout().axis)
+        self.bias_quantizer = qconfig.make_bias()
+        self.pre_activation_quantizer = None if qconfig.deployment.fuses(activation) else qconfig.make_activation()
+        self.to(self.weight.device)
+
+    def to_float(self) -> nn.Module:
+        """The float module (a wrapper where this is a wrapper's QAT form) with the trained parameters."""
+        linear = self.linear_type.__new__(self.linear_type)
+        nn.Module.__init__(linear)
+        adopt_state(linear, self)
+        linear.train(self.training)
+        parts = [part for part in (self.bn, self.activation_module) if part is not None]
+        return self.float_type(linear, *parts) if issubclass(self.float_type, Fused) else linear
+
+    # What a kind of layer says of itself.
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The linear part, one call."""
+        raise NotImplementedError
+
+    def layout(self) -> WeightLayout:
+        """Where the weight keeps its output channels."""
+        return WeightLayout()
+
+    # Forward.
+
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        """Input on its grid -> output on its grid."""
+        (x,) = self.quantized_inputs((input,))
+        if self._uses_batch_statistics():
+            return self._train_forward(x, *args)
+        grid, bias, scale = self.quantized_parameters()
+        weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid._folded_float()
+        if scale is not None:
+            bias = self.bias_quantizer(bias, scale)
+        y = self.linear(x, weight.to(self.weight.dtype), bias.to(self.weight.dtype), *args)
+        return self._epilogue(y)
+
+    def _train_forward(self, x: Tensor, *args: Any) -> Tensor:
+        # The running statistics as they stand before this batch's update: `bn` moves them below.
+        grid, bias, scale = self.quantized_parameters(detach=True)
+        error = None if scale is None else self.bias_quantizer(bias, scale) - bias
+        weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else self.weight
+        y = self.linear(x, weight.to(self.weight.dtype), self.bias, *args)
+        return self._epilogue(y, bias_error=error, silenced=grid.silenced if scale is not None else None)
+
+    def _epilogue(self, y: Tensor, *, bias_error: Tensor | None = None, silenced: Tensor | None = None) -> Tensor:
+        batch = self._uses_batch_statistics()
+        return epilogue(
+            y,
+            normalize=(lambda value: self._normalize(value, silenced)) if batch else None,
+            bias_error=bias_error,
+            channel_axis=self.channel_axis,
+            pre_quantize=self.pre_activation_quantizer,
+            activation=self.activation_module,
+            quantize=self.output_quantizer,
+        )
+
+    def _normalize(self, y: Tensor, silenced: Tensor | None) -> Tensor:
+        bn = self.bn
+        if not isinstance(bn, _BatchNorm) or silenced is None or bn.running_mean is None or bn.running_var is None:
+            return bn(y)  # type: ignore[misc]
+        before = bn.running_mean.clone(), bn.running_var.clone()
+        normalized = bn(y)
+        # A channel of zeros has variance 0: letting that into the statistics would make k explode.
+        # `.data`: autograd saved these buffers for the eval form of its backward, which training does not read; an ordinary
+        # in-place write would make it refuse.
+        for buffer, old in zip((bn.running_mean.data, bn.running_var.data), before):
+            buffer.copy_(torch.where(silenced, old, buffer))
+        return normalized
+
+    def _uses_batch_statistics(self) -> bool:
+        return self.training and isinstance(self.bn, _BatchNorm) and not self.bn_frozen
+
+    # Parameters.
+
+    def quantized_parameters(self, *, detach: bool = False) -> tuple[WeightGrid, Tensor, Tensor | None]:
+        """Grid of the folded weight, folded bias `b_f` (out,), and the bias scale.
+
+        The scale is None where there is none: the input or the weight is in float.
+
+        Args:
+            detach: Cut the gradient to the BatchNorm and the bias (for the bias error in training).
+        """
+        bn = self._bn_tensors()
+        bias = self.bias
+        if detach:
+            bn = None if bn is None else _detached(bn)
+            bias = None if bias is None else bias.detach()
+        factor = None if bn is None else fold_factor(bn)
+        if bn is not None and factor is not None:
+            folded = fold_bias(bias, bn, factor)
+        else:
+            folded = self.weight.new_zeros(self.layout().out_channels(self.weight)) if bias is None else bias
+        input_scale = self._input_scale()
+        floor = None if input_scale is None else self.bias_quantizer.weight_scale_floor(folded, input_scale)
+        grid = self._weight_grid(factor, floor)
+        if input_scale is None:
+            return grid, folded, None
+        return grid, folded, self.bias_quantizer.scale(folded, input_scale, grid.channel_scale())
+
+    def _weight_grid(self, factor: Tensor | None, floor: Tensor | None) -> WeightGrid:
+        quantizer, layout = self.weight_quantizer, self.layout()
+        if quantizer.scales_with_tensor and not (layout.transposed and layout.groups > 1):
+            return moving_grid(self.weight, factor, layout, quantizer.qparams_of(self.weight), floor)
+        power_of_two = quantizer.spec.power_of_two
+        return folded_grid(self.weight, factor, layout, quantizer.qparams_of, floor, power_of_two=power_of_two)
+
+    def _input_scale(self) -> Tensor | None:
+        source = self._sources[0] if self._sources else None
+        if source is None or not source.active or not self.weight_quantizer.fake_quant_enabled:
+            return None
+        return source.snapshot().scale
+
+    def _bn_tensors(self) -> BatchNormTensors | None:
+        bn: Any = self.bn
+        if bn is None:
+            return None
+        return BatchNormTensors(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+
+    @torch.no_grad()
+    def parameter_codes(self) -> ParameterCodes:
+        """The integers that this layer deploys.
+
+        Raises:
+            LinkError: the quantizer of the input is not known.
+            NumericsError: a parameter or a scale is NaN or infinite, no data was seen, or the bias does not fit.
+        """
+        label = self.output_quantizer.label.rpartition(".")[0] or type(self).__name__
+        check_finite(self, label)
+        input_scale = self.input_qparams().scale
+        grid, bias, scale = self.quantized_parameters()
+        if scale is None:
+            raise NumericsError(
+                f"{label}: fake-quant is disabled, so there are no codes; model.apply(qbench.enable_fake_quant) first"
+            )
+        grid.qparams.check(f"{label}.weight")
+        codes, saturated = self.bias_quantizer.codes(bias, scale)
+        if bool(saturated.any()):
+            worst = int(saturated.nonzero()[0])
+            raise NumericsError(
+                f"{label}: the bias {bias[worst].item():.6g} of output channel {worst} does not fit {self.qconfig.bias} "
+                f"(scale {scale.flatten()[worst if scale.ndim else 0].item():.3g}, input scale {input_scale.item():.3g}); "
+                "a wider bias fits, or one with a scale of its own: get_qconfig(bias_scale='own')"
+            )
+        value = self.bias_quantizer(bias, scale)
+        return ParameterCodes(grid.codes(), grid.qparams, codes, scale, value, saturated, grid.coarsened)
+
+    # State.
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """Set training mode; frozen BatchNorm statistics stay frozen."""
+        super().train(mode)
+        if getattr(self, "bn", None) is not None and getattr(self, "bn_frozen", False):
+            self.bn.eval()  # type: ignore[attr-defined]
+        return self
+
+    def extra_repr(self) -> str:
+        """The layer's own arguments, then what it is quantized to where that is not said by a quantizer."""
+        parts = [super().extra_repr()]
+        if self.bn_frozen:
+            parts.append("bn_frozen=True")
+        return ", ".join(part for part in parts if part)
+
+
+# Attributes of a QAT module that its float form does not have.
+_OWN_STATE = frozenset({"qconfig", "_sources", "bn_frozen"})
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def adopt_state(target: nn.Module, source: nn.Module) -> None:
+    """Give `target` the configuration, parameters and buffers of `source` (shared, not copied), but not its submodules.
+
+    A layer's class and its QAT form differ in class only, so this replaces a constructor call per kind of layer.
+    """
+    for name, value in vars(source).items():
+        if name not in _MODULE_STATE and name not in _OWN_STATE:
+            target.__dict__[name] = value
+    target._parameters.update(source._parameters)
+    target._buffers.update(source._buffers)
+
+
+def is_batch_norm(kind: type[nn.Module]) -> bool:
+    """Whether a type is a BatchNorm that folds: PyTorch's, or one with fixed statistics under the same attribute names."""
+    return issubclass(kind, _BatchNorm) or kind.__name__.startswith("FrozenBatchNorm")
+
+
+def check_finite(module: nn.Module, label: str) -> None:
+    """Raise NumericsError if a parameter or a BatchNorm statistic of a module is NaN or infinite."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if "quantizer" in name or not tensor.is_floating_point():
+            continue
+        bad = ~torch.isfinite(tensor)
+        if bool(bad.any()):
+            value = tensor[bad].flatten()[0].item()
+            raise NumericsError(
+                f"{label}.{name} holds {int(bad.sum())} value(s) that are not finite (the first is {value}); quantization "
+                "needs finite numbers: look for a diverged training step or a broken checkpoint"
+            )
+
+
+def _detached(bn: BatchNormTensors) -> BatchNormTensors:
+    return BatchNormTensors(
+        None if bn.gamma is None else bn.gamma.detach(),
+        None if bn.beta is None else bn.beta.detach(),
+        bn.mean,
+        bn.var,
+        bn.eps,
+    )
+
+
+def freeze_bn_stats(module: nn.Module) -> None:
+    """Normalise with the running statistics from now on: `model.apply(qbench.freeze_bn_stats)`."""
+    if isinstance(module, QatLayer):
+        module.bn_frozen = True
+        module.train(module.training)
+
+
+def update_bn_stats(module: nn.Module) -> None:
+    """Normalise with the batch's statistics again, in training mode."""
+    if isinstance(module, QatLayer):
+        module.bn_frozen = False
+        module.train(module.training)

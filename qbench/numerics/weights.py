@@ -1,0 +1,195 @@
+"""The grid of a folded weight: one definition per layer, used in train, eval and convert.
+
+Per-channel symmetric min–max scales move along with the tensor, so the codes of `k·W` are those of `W`:
+
+    t   = max|W| / qmax              per output channel
+    t   = max(t, floor/|k|)          so that the bias fits (qbench.numerics.bias)
+    q_w = rne(W · (1/t)) · sign(k)   s_w = |k|·t        Ŵ = q_w · s_w        Ŵ/k = rne(W · (1/t)) · t
+
+There is no division by `k` (γ = 0 gives codes 0 and no NaN), nothing is clipped, so the straight-through gradient is the
+identity. By rounding, codes of `k·W` computed directly differ in about two of a million: the two are never mixed.
+
+Every other quantizer (per tensor, power-of-two, learned) takes the general way: quantize `W_f = k·W`, divide safely.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qbench.numerics.fold import WeightLayout, fold_weight
+from qbench.numerics.qparams import SMALLEST_SCALE, QParams, along_axis, next_power_of_two, quantize
+from qbench.numerics.straight_through import fake_quantize_ste, straight_through
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightGrid:
+    """A weight, the factor to fold into it, and the grid of the product.
+
+    Attributes:
+        weight: `W`.
+        factor: `k`, (out,), or None without a BatchNorm.
+        layout: Where the output channels lie.
+        qparams: Grid of `W_f`.
+        coarsened: Factor (≥ 1) by which the bias floor raised the scale, shape of the scale.
+        silenced: Bool (out,): channels whose codes the floor sent to 0.
+    """
+
+    weight: Tensor
+    factor: Tensor | None
+    layout: WeightLayout
+    qparams: QParams
+    coarsened: Tensor
+    silenced: Tensor
+
+    def codes(self) -> Tensor:
+        """Integer codes of `W_f`."""
+        raise NotImplementedError
+
+    def folded(self) -> Tensor:
+        """`Ŵ`, with the gradient to `W` and `k`."""
+        raise NotImplementedError
+
+    def unfolded(self) -> Tensor:
+        """`Ŵ/k`, with the gradient to `W`: what is convolved where BN normalises with the batch's statistics."""
+        raise NotImplementedError
+
+    def channel_scale(self) -> Tensor:
+        """`s_w` for each output channel, (out,) or () per tensor."""
+        return self.layout.per_channel(self.qparams.scale)
+
+    def _folded_float(self) -> Tensor:
+        return self.weight if self.factor is None else fold_weight(self.weight, self.factor, self.layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingGrid(WeightGrid):
+    """Symmetric per-channel min–max: the grid of `W` itself, scaled by |k|.
+
+    Attributes:
+        step: `t`, (out,).
+    """
+
+    step: Tensor
+
+    def codes(self) -> Tensor:
+        """Integer codes of `W_f`."""
+        return self._float_codes().to(self.qparams.dtype)
+
+    def folded(self) -> Tensor:
+        """`Ŵ`, with the gradient to `W` and `k`."""
+        scale = along_axis(self.qparams.scale, self.qparams.axis, self.weight.ndim)
+        with torch.no_grad():
+            value = self._float_codes() * scale
+        return straight_through(self._folded_float(), value)
+
+    def unfolded(self) -> Tensor:
+        """`Ŵ/k`, with the gradient to `W`."""
+        with torch.no_grad():
+            value = self._unsigned_codes() * along_axis(self.step, self.qparams.axis, self.weight.ndim)
+        return straight_through(self.weight, value)
+
+    def _unsigned_codes(self) -> Tensor:
+        inverse = along_axis(1.0 / self.step, self.qparams.axis, self.weight.ndim)
+        return torch.round(self.weight.detach().float() * inverse).clamp_(self.qparams.qmin, self.qparams.qmax)
+
+    def _float_codes(self) -> Tensor:
+        codes = self._unsigned_codes()
+        if self.factor is None:
+            return codes
+        # sign(k)·0 may be −0.0: adding 0.0 makes it +0.0, the value that an integer code dequantizes to.
+        return codes * self.layout.spread(torch.sign(self.factor.detach()), self.weight) + 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedGrid(WeightGrid):
+    """Any other quantizer: the grid of the folded weight."""
+
+    def codes(self) -> Tensor:
+        """Integer codes of `W_f`."""
+        return quantize(self._folded_float(), self.qparams)
+
+    def folded(self) -> Tensor:
+        """`Ŵ`, with the gradient to `W` and `k`."""
+        return fake_quantize_ste(self._folded_float(), self.qparams)
+
+    def unfolded(self) -> Tensor:
+        """`Ŵ/k`, with the gradient to `W`; a channel with k = 0 keeps `W`, so that its statistics stay alive."""
+        if self.factor is None:
+            return self.folded()
+        factor = self.layout.spread(self.factor.detach(), self.weight)
+        quantized = fake_quantize_ste(self.weight * factor, self.qparams)
+        return torch.where(factor == 0, self.weight, quantized / torch.where(factor == 0, 1.0, factor))
+
+
+def moving_grid(
+    weight: Tensor, factor: Tensor | None, layout: WeightLayout, own: QParams, floor: Tensor | None
+) -> MovingGrid:
+    """Grid of a quantizer that scales with its tensor.
+
+    Args:
+        weight: `W`.
+        factor: `k`, (out,), or None.
+        layout: Not transposed with several groups (there, one scale serves several output channels).
+        own: Grid of `W` itself, one scale per output channel.
+        floor: Smallest `s_w`, (out,), or None.
+    """
+    largest = own.scale * own.qmax  # max|W|
+    if factor is None:
+        step = own.scale if floor is None else torch.maximum(own.scale, floor)
+        scale, live = step, torch.ones_like(step, dtype=torch.bool)
+    else:
+        size = factor.detach().float().abs()
+        live = size > 0
+        least = torch.zeros_like(size) if floor is None else floor
+        step = torch.where(live, torch.maximum(own.scale, least / torch.where(live, size, 1.0)), own.scale)
+        scale = torch.where(live, size * step, least).clamp(min=SMALLEST_SCALE)
+    silenced = live & (step > own.scale) & (largest * (1.0 / step) <= 0.5)
+    return MovingGrid(
+        weight, factor, layout, dataclasses.replace(own, scale=scale), step / own.scale, silenced, step
+    )
+
+
+def folded_grid(
+    weight: Tensor,
+    factor: Tensor | None,
+    layout: WeightLayout,
+    choose: Callable[[Tensor], QParams],
+    floor: Tensor | None,
+    *,
+    power_of_two: bool,
+) -> FoldedGrid:
+    """Grid that `choose` finds for the folded weight, raised to the floor.
+
+    Args:
+        weight: `W`.
+        factor: `k`, (out,), or None.
+        layout: Where the output channels lie.
+        choose: The quantizer's `qparams_of`.
+        floor: Smallest `s_w`, (out,), or None.
+        power_of_two: Whether scales must stay powers of two.
+    """
+    folded = weight if factor is None else fold_weight(weight, factor.detach(), layout)
+    found = choose(folded)
+    scale = found.scale
+    if floor is not None:
+        least = floor.amax() if scale.ndim == 0 else layout.reduce_max(floor)
+        scale = torch.maximum(scale, next_power_of_two(least.clamp(min=SMALLEST_SCALE)) if power_of_two else least)
+    qparams = dataclasses.replace(found, scale=scale)
+    grid = FoldedGrid(weight, factor, layout, qparams, scale.detach() / found.scale.detach(), torch.empty(0))
+    return dataclasses.replace(grid, silenced=_silenced_channels(folded, qparams, layout, scale > found.scale))
+
+
+def _silenced_channels(folded: Tensor, qparams: QParams, layout: WeightLayout, raised: Tensor) -> Tensor:
+    sizes = folded.detach().float().abs()
+    axis = layout.axis
+    if layout.transposed:
+        # (in, out/groups, …) -> (groups, in/groups, out/groups, …) -> (groups, out/groups) -> (out,)
+        sizes = sizes.reshape(layout.groups, -1, *sizes.shape[1:]).flatten(3).amax(dim=(1, 3)).flatten()
+    else:
+        sizes = sizes.movedim(axis, 0).flatten(1).amax(1)
+    scale = layout.per_channel(qparams.scale.detach())
+    return layout.per_channel(raised) & (sizes > 0) & (sizes * (1.0 / scale) <= 0.5)
