@@ -16,8 +16,7 @@ help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 demo: install ## train ResNet-18 on real digits, deploy it to two runtimes, verify it, into runs/demo
-	rm -rf $(DEMO)
-	$(BIN)/qbench train --model resnet18 --data digits --target onnxruntime --out $(DEMO)
+	$(BIN)/qbench train --model resnet18 --data digits --target onnxruntime --out $(DEMO) --overwrite
 
 test: lint ## lint, types, spelling and every test that is not slow
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
