@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from qbench.report.data import CodeSpread, Comparison, Verification
+from qbench.report.data import CodeSpread, Comparison, RunSummary, Verification
 
 WIDTH = 80
 
@@ -19,6 +19,7 @@ COMPARISON_LABELS: Mapping[str, str] = {
     "program_vs_executorch": "Q/DQ program vs ExecuTorch",
 }
 RUNTIME_LABELS: Mapping[str, str] = {"onnxruntime": "ONNX Runtime", "executorch": "ExecuTorch"}
+_ROLES = ("weight", "activation", "bias")
 STEP_LABELS: Mapping[str, str] = {
     "float": "train float",
     "qat": "fine-tune QAT",
@@ -118,3 +119,74 @@ def verification_table(verification: Verification) -> str:
     notes = [*differing, *([spread_line(verification.spread)] if verification.spread else []), *verification.notes]
     lines = comparison_table(verification.comparisons) + bullets(notes)
     return "\n".join(lines)
+
+
+def run_table(summary: RunSummary, folder: str | None = None) -> str:
+    """Everything that a run found, one block a question: how accurate, how exact, how long, which files.
+
+    Args:
+        summary: The run.
+        folder: Where its files are; shown if given.
+    """
+    blocks = [
+        _headline(summary),
+        accuracy_table(summary),
+        _indented(comparison_table(summary_comparisons(summary))),
+        _indented(_time_line(summary.seconds)),
+        _indented(_files_line(summary.files, folder)),
+        bullets([*(f"{name}: {why}" for name, why in summary.not_scored.items()), *summary.notes]),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def accuracy_table(summary: RunSummary) -> list[str]:
+    """Top-1 of every form of the model, and how far it is from the float model in points."""
+    forms = {
+        "float model": summary.float_top1,
+        "QAT model": summary.qat_top1,
+        **{RUNTIME_LABELS.get(name, name): top1 for name, top1 in summary.deployed_top1.items()},
+    }
+    rows = [(f"top-1 on {summary.held_out:,} held-out images", "", "to float")]
+    for label, top1 in forms.items():
+        distance = "" if label == "float model" else points(top1 - summary.float_top1)
+        rows.append((label, percent(top1), distance))
+    return _indented(columns(rows, right=frozenset({1, 2})))
+
+
+def summary_comparisons(summary: RunSummary) -> dict[str, Comparison]:
+    """The comparisons of a run, put together again from its summary."""
+    return {
+        key: Comparison(key, summary.compared.get(key, different), different, summary.largest_steps.get(key, 0))
+        for key, different in summary.mismatches.items()
+    }
+
+
+def points(share: float) -> str:
+    """A difference of two shares in points of a percent, with its sign: `-0.22`, `0.00`, `+0.44`."""
+    rounded = round(100 * share, 2)
+    return f"{rounded:+.2f}" if rounded else "0.00"
+
+
+def _headline(summary: RunSummary) -> list[str]:
+    bits = [f"{role} {summary.settings[f'{role}_bits']}" for role in _ROLES if f"{role}_bits" in summary.settings]
+    widths = f" (bits: {', '.join(bits)})" if bits else ""
+    return textwrap.wrap(f"{summary.model} on {summary.data} for {summary.target}{widths}", WIDTH)
+
+
+def _time_line(seconds: Mapping[str, float]) -> list[str]:
+    steps = [f"{STEP_LABELS.get(step, step)} {duration(value)}" for step, value in seconds.items() if step != "total"]
+    total = f"time {duration(seconds['total'])}: " if "total" in seconds else "time: "
+    return textwrap.wrap(total + ", ".join(steps), WIDTH - 2, subsequent_indent="  ")
+
+
+def _files_line(files: Mapping[str, int], folder: str | None) -> list[str]:
+    """Where the files are, and how large each is; the summary, which lists the others, is not in its own list."""
+    if not files:
+        return []
+    listed = ", ".join(f"{name} {size(n_bytes)}" for name, n_bytes in files.items())
+    text = f"files in {folder}: {listed}, summary.json" if folder else f"files: {listed}"
+    return textwrap.wrap(text, WIDTH - 2, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]

@@ -1,0 +1,174 @@
+"""The console command `qbench`: parsing, messages and exit codes; what it does is in `qbench.job`.
+
+Exit codes: 0 done; 2 refused, with one line on stderr that says why and what would work; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from qbench import targets
+from qbench.errors import QBenchError, QBenchWarning
+from qbench.export.runtimes import RUNTIMES
+from qbench.fake_quantize.bias import BIAS_SCALES
+from qbench.job import FLOAT_TRAINING, QAT_TRAINING, Job, run, versions
+from qbench.report.text import run_table
+from qbench.training import Settings
+
+_EPILOG = """\
+examples:
+  qbench train --model resnet18 --data digits --target onnxruntime --out runs/demo
+  qbench train --model nets.py:tiny --data imagefolder:photos --image-size 96 --out runs/tiny
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            _show_warnings_in_one_line()
+            summary = run(job_of(arguments), say=_say)
+    except QBenchError as error:
+        print(f"qbench: error: {_message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qbench: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(run_table(summary, folder=str(arguments.out)))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every `qbench` command."""
+    parser = argparse.ArgumentParser(
+        prog="qbench", description="What you train is what you deploy: bias-aware quantization-aware training."
+    )
+    parser.add_argument("--version", action="version", version=f"qbench {versions().get('qbench', '(not installed)')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a model, quantize it while training, deploy it and compare every code",
+        description="Train float, then quantization-aware; convert, export, verify every code, score the files.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_what(train)
+    _add_quantization(train)
+    _add_training(train)
+    _add_run(train)
+    return parser
+
+
+def job_of(arguments: argparse.Namespace) -> Job:
+    """The `Job` that the options of `qbench train` stand for.
+
+    Raises:
+        ConfigError: an option outside its range.
+    """
+    common = {"batch_size": arguments.batch_size, "seed": arguments.seed, "workers": arguments.workers}
+    plain = {field.name for field in dataclasses.fields(Job)} & set(vars(arguments))
+    return Job(
+        **{name: getattr(arguments, name) for name in plain},
+        float_training=_replace(FLOAT_TRAINING, epochs=arguments.epochs, lr=arguments.lr, **common),
+        qat_training=_replace(
+            QAT_TRAINING,
+            epochs=arguments.qat_epochs,
+            lr=arguments.qat_lr,
+            freeze_observers_at=arguments.freeze_observers_at,
+            freeze_bn_at=arguments.freeze_bn_at,
+            **common,
+        ),
+    )
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", default="resnet18", help="torchvision classification model, or file.py:function")
+    group.add_argument("--data", default="digits", help="digits, or imagefolder:DIR (default: %(default)s)")
+    group.add_argument("--target", default="onnxruntime", help=f"{', '.join(targets.names())} (default: %(default)s)")
+    group.add_argument("--out", type=Path, required=True, help="folder for the files; appears when all are there")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    group.add_argument("--image-size", type=int, metavar="PX", help="height and width (default: the data's own)")
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--weight-bits", type=int, default=8, metavar="N", help="default: %(default)s")
+    group.add_argument("--activation-bits", type=int, default=8, metavar="N", help="default: %(default)s")
+    group.add_argument("--bias-bits", type=int, default=32, metavar="N", help="default: %(default)s")
+    group.add_argument("--bias-scale", default="input_weight", help=f"{', '.join(BIAS_SCALES)} (default: %(default)s)")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=float, default=FLOAT_TRAINING.epochs, help="float (default: %(default)s)")
+    group.add_argument("--lr", type=float, default=FLOAT_TRAINING.lr, help="float (default: %(default)s)")
+    group.add_argument("--qat-epochs", type=float, default=QAT_TRAINING.epochs, help="default: %(default)s")
+    group.add_argument("--qat-lr", type=float, default=QAT_TRAINING.lr, help="default: %(default)s")
+    group.add_argument(
+        "--freeze-observers-at",
+        type=float,
+        default=QAT_TRAINING.freeze_observers_at,
+        metavar="SHARE",
+        help="share of the QAT steps after which ranges stand still (default: %(default)s)",
+    )
+    group.add_argument(
+        "--freeze-bn-at",
+        type=float,
+        default=QAT_TRAINING.freeze_bn_at,
+        metavar="SHARE",
+        help="share of the QAT steps after which BN statistics stand still (default: %(default)s)",
+    )
+    group.add_argument("--batch-size", type=int, default=FLOAT_TRAINING.batch_size, help="default: %(default)s")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running and deploying")
+    group.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    group.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    group.add_argument("--deploy-batch", type=int, default=1, help="images in a batch of the files (default: 1)")
+    group.add_argument("--verify-images", type=int, default=512, help="compare on at most so many (default: 512)")
+    group.add_argument(
+        "--runtimes",
+        type=lambda text: tuple(text.split(",")),
+        default=tuple(RUNTIMES),
+        help=f"comma-separated (default: {','.join(RUNTIMES)})",
+    )
+
+
+def _replace(settings: Settings, **changes: object) -> Settings:
+    return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]
+
+
+def _message(error: QBenchError) -> str:
+    """What an error says; one raised in a process that reads images arrives with that process's traceback around it."""
+    text = str(error)
+    if "DataLoader worker process" in text:
+        return text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def _say(doing: str) -> None:
+    """What starts, for a person who waits; nothing where stderr is no terminal."""
+    if sys.stderr.isatty():
+        print(f"qbench: {doing} …", file=sys.stderr, flush=True)
+
+
+def _show_warnings_in_one_line() -> None:
+    """Print warnings of qbench as one line each; other libraries' stay as Python shows them."""
+    show = warnings.showwarning
+
+    def showwarning(message: Warning | str, category: type[Warning], *rest: object) -> None:
+        if issubclass(category, QBenchWarning):
+            print(f"qbench: note: {message}", file=sys.stderr)
+        else:
+            show(message, category, *rest)  # type: ignore[arg-type]
+
+    warnings.showwarning = showwarning  # type: ignore[assignment]

@@ -1,0 +1,306 @@
+"""The job of `qbench train`, without a command line: a `Job` goes in, a folder and a `RunSummary` come out.
+
+    load ─▶ train float ─▶ fuse, prepare ─▶ train QAT ─▶ convert ─▶ export ─▶ verify ─▶ score the files ─▶ folder
+
+Whatever can be refused early is refused before training starts. The folder is written aside and moved into place when
+the last step has passed: a run is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import qbench
+from qbench import data as data_sets
+from qbench import training
+from qbench.data import ImageData
+from qbench.errors import ConfigError, require
+from qbench.export.runtimes import RUNTIMES, get_runtime, run_file
+from qbench.folders import check_output, output_folder
+from qbench.models import build_model, check_outputs
+from qbench.qconfig import get_qconfig
+from qbench.report.data import RunSummary, Verification
+from qbench.training import FitResult, Score, Settings
+
+PROGRAM_FILE, WEIGHTS_FILE, SUMMARY_FILE = "model.pt2", "qat.pt", "summary.json"
+FLOAT_TRAINING = Settings(epochs=5, lr=0.02, label_smoothing=0.1)
+QAT_TRAINING = Settings(
+    epochs=2, lr=0.002, schedule="cosine", label_smoothing=0.1, freeze_observers_at=0.5, freeze_bn_at=0.6
+)
+REQUIRED = {
+    "onnxruntime": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "executorch": ("executorch", ("executorch",)),
+}
+_SCORE_BATCH = 64
+_CHUNK = 1 << 28  # bytes of images that are handed to a runtime at once
+_DISTRIBUTIONS = ("torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime", "executorch", "scikit-learn")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that `qbench train` is told.
+
+    Attributes:
+        out: Folder that the run is written to.
+        model: A torchvision classification name, or `file.py:function`.
+        data: A spec of `qbench.data.load`.
+        target: Name of a target.
+        weight_bits: Width of weight codes.
+        activation_bits: Width of activation codes.
+        bias_bits: Width of bias codes.
+        bias_scale: `"input_weight"`, `"own"` or `"own_pow2"`.
+        float_training: How the float model is trained.
+        qat_training: How the prepared model is trained.
+        image_size: Height and width in pixels; None takes the data's own.
+        seed: Of the model's first weights.
+        threads: Threads of torch; None leaves them as they are.
+        deploy_batch: Images in a batch of the deployed files.
+        verify_images: Held-out images, at most, that every form of the model is compared on.
+        runtimes: Runtimes that files are written for, and that are verified and scored.
+        overwrite: Replace an earlier run in `out`.
+
+    Raises:
+        ConfigError: a number below 1, or an unknown runtime.
+    """
+
+    out: Path
+    model: str = "resnet18"
+    data: str = "digits"
+    target: str = "onnxruntime"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    bias_bits: int = 32
+    bias_scale: str = "input_weight"
+    float_training: Settings = FLOAT_TRAINING
+    qat_training: Settings = QAT_TRAINING
+    image_size: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    deploy_batch: int = 1
+    verify_images: int = 512
+    runtimes: tuple[str, ...] = tuple(RUNTIMES)
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("deploy_batch", "verify_images", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name.replace('_', ' ')} {value}: expected at least 1")
+        for runtime in self.runtimes:
+            get_runtime(runtime)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training made: the QAT model in eval mode, and both scores on the held-out images."""
+
+    model: nn.Module
+    float_score: Score
+    qat_score: Score
+    fitted: FitResult
+
+
+@dataclass
+class Clock:
+    """Wall-clock time by step; says what starts."""
+
+    say: Say
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextlib.contextmanager
+    def __call__(self, step: str, doing: str) -> Iterator[None]:
+        """Time the block as `step`, and say that it starts."""
+        self.say(doing)
+        started = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - started
+
+    def rounded(self) -> dict[str, float]:
+        """Every step and the total so far, to the millisecond."""
+        return {
+            **{k: round(v, 3) for k, v in self.seconds.items()},
+            "total": round(time.perf_counter() - self.started, 3),
+        }
+
+
+def run(job: Job, say: Say = lambda doing: None) -> RunSummary:
+    """Do the job.
+
+    Args:
+        job: What to do.
+        say: Told what starts, a few words each time.
+
+    Returns:
+        What is in `summary.json`.
+
+    Raises:
+        QBenchError: whatever a step refuses; no file is left behind then.
+    """
+    clock = Clock(say)
+    check_output(job.out, marker=SUMMARY_FILE, overwrite=job.overwrite)
+    for runtime in job.runtimes:
+        extra, modules = REQUIRED[runtime]
+        for module in modules:
+            require(module, extra=extra, purpose=f"write and score files for {runtime}")
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    images = data_sets.load(job.data, job.image_size)
+    trained = train(job, images, clock)
+    with clock("convert", "convert"):
+        program = qbench.convert(trained.model, _example(images, job.deploy_batch), target=job.target)
+    with output_folder(job.out, marker=SUMMARY_FILE, overwrite=job.overwrite) as folder:
+        verification, deployed = deploy(job, folder, images, trained.model, program, clock)
+        summary = summarize(job, folder, images, trained, verification, deployed, clock)
+        (folder / SUMMARY_FILE).write_text(summary.to_json(), encoding="utf-8")
+    return summary
+
+
+def train(job: Job, images: ImageData, clock: Clock) -> Trained:
+    """Train float, fuse, prepare and train on; the model that comes back is in eval mode."""
+    qconfig = get_qconfig(
+        job.target,
+        weight_bits=job.weight_bits,
+        activation_bits=job.activation_bits,
+        bias_bits=job.bias_bits,
+        bias_scale=job.bias_scale,
+    )
+    torch.manual_seed(job.seed)
+    model = build_model(job.model, len(images.classes))
+    check_outputs(model, job.model, images.example, len(images.classes))
+    held_out = data_sets.batches(images.held_out, _SCORE_BATCH, workers=job.float_training.workers)
+    with clock("float", "train float"):
+        training.fit(model, images.train, job.float_training, label="float")
+        float_score = training.evaluate(model, held_out)
+    with clock("qat", "train QAT"):
+        example = _example(images, job.deploy_batch)
+        fused = qbench.fuse(model.eval(), example_inputs=example)
+        prepared = qbench.prepare_qat(fused.train(), qconfig=qconfig, example_inputs=example)
+        fitted = training.fit(prepared, images.train, job.qat_training, label="QAT  ")
+        qat_score = training.evaluate(prepared.eval(), held_out)
+    return Trained(prepared, float_score, qat_score, fitted)
+
+
+def deploy(
+    job: Job, folder: Path, images: ImageData, model: nn.Module, program: ExportedProgram, clock: Clock
+) -> tuple[Verification, dict[str, Score]]:
+    """Write every file into `folder`, compare every form of the model, and score the files in their runtimes."""
+    with clock("export", "export"):
+        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, folder / WEIGHTS_FILE)
+        torch.export.save(program, folder / PROGRAM_FILE)
+        for name in job.runtimes:
+            get_runtime(name).export(program, _file(folder, name))
+    with clock("verify", "verify"):
+        inputs = [(batch,) for batch in _full_batches(images, job.deploy_batch, limit=job.verify_images)]
+        verification = qbench.verify(model, program, inputs, runtimes=job.runtimes)
+    with clock("score", "score"):
+        scores = {name: score_file(name, _file(folder, name), images, job.deploy_batch) for name in job.runtimes}
+    return verification, scores
+
+
+def score_file(runtime: str, path: Path, images: ImageData, batch: int) -> Score:
+    """Score a file on every held-out image, run by its runtime in a fresh process.
+
+    Args:
+        runtime: Name of a runtime.
+        path: The file.
+        images: Data whose held-out half is scored.
+        batch: Images that the file takes at once. The last batch is filled up, and what was filled in is not scored.
+    """
+    per_chunk = max(1, _CHUNK // (batch * images.example.nbytes))
+    running = training.RunningScore()
+    loader = iter(data_sets.batches(images.held_out, batch))
+    while chunk := list(itertools.islice(loader, per_chunk)):
+        outputs = run_file(runtime, path, [(fill(pixels, batch),) for pixels, _ in chunk])
+        for (_, labels), (logits, *_rest) in zip(chunk, outputs, strict=True):
+            scored = torch.from_numpy(logits)[: len(labels)]
+            running.add(scored, labels, nn.functional.cross_entropy(scored, labels))
+    return running.score()
+
+
+def summarize(
+    job: Job,
+    folder: Path,
+    images: ImageData,
+    trained: Trained,
+    verification: Verification,
+    deployed: dict[str, Score],
+    clock: Clock,
+) -> RunSummary:
+    """Everything that `summary.json` holds."""
+    return RunSummary(
+        model=job.model,
+        data=job.data,
+        target=job.target,
+        float_top1=trained.float_score.top1,
+        qat_top1=trained.qat_score.top1,
+        deployed_top1={name: score.top1 for name, score in deployed.items()},
+        mismatches=verification.mismatches,
+        codes_compared=verification.codes_compared,
+        seconds=clock.rounded(),
+        compared={key: comparison.compared for key, comparison in verification.comparisons.items()},
+        largest_steps=verification.largest_steps,
+        held_out=trained.float_score.images,
+        layers={part.name: {"codes": part.compared, "different": part.different} for part in verification.layers},
+        notes=verification.notes,
+        files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        settings=_settings(job, images, trained.fitted),
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, qbench and the libraries that take part, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("qbench", *_DISTRIBUTIONS):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _settings(job: Job, images: ImageData, fitted: FitResult) -> dict[str, Any]:
+    """The options of a run as plain values, with what they came to."""
+    return {
+        **asdict(job),
+        "out": str(job.out),
+        "image_size": images.image_size,
+        "threads": torch.get_num_threads(),
+        "classes": len(images.classes),
+        "qat_steps": fitted.steps,
+        "observers_frozen_at_step": fitted.observers_frozen_at,
+        "bn_frozen_at_step": fitted.bn_frozen_at,
+    }
+
+
+def fill(batch: Tensor, size: int) -> Tensor:
+    """A batch of exactly `size`: a shorter one is filled up with its last image."""
+    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
+
+
+def _file(folder: Path, runtime: str) -> Path:
+    return folder / f"model{get_runtime(runtime).suffix}"
+
+
+def _full_batches(images: ImageData, size: int, limit: int) -> Iterator[Tensor]:
+    """The first `limit` held-out images or more, in batches of exactly `size`."""
+    loader: Iterable[Any] = data_sets.batches(images.held_out, size)
+    return (fill(pixels, size) for pixels, _ in itertools.islice(loader, -(-limit // size)))
+
+
+def _example(images: ImageData, size: int) -> tuple[Tensor]:
+    """The first held-out images as example inputs, (size, 3, height, width)."""
+    return (next(_full_batches(images, size, limit=1)),)

@@ -1,0 +1,71 @@
+"""What `prepare_qat` did, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModule:
+    """A module that became a QAT module: path, and the names of the float and the QAT class."""
+
+    path: str
+    float_type: str
+    qat_type: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatInput:
+    """An input that no quantizer produced, so that its consumer got a quantizer: path, position, the op that lost it."""
+
+    path: str
+    index: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedQuantizer:
+    """Quantizers that became one: the paths under which it is found, and why."""
+
+    paths: tuple[str, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftInFloat:
+    """A module, or a part of a forward, that stays float: path, class, reason."""
+
+    path: str
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparationReport:
+    """Everything that was quantized and everything that was not.
+
+    Attributes:
+        quantized: Modules that became QAT modules.
+        float_inputs: Inputs that arrive in float and are quantized by their consumer.
+        shared: Quantizers that were merged.
+        left_in_float: What stays float, with the reason.
+        unreached: Paths of QAT modules that no recorded forward reached.
+        links_recorded: False while the first forward is still to be recorded.
+    """
+
+    quantized: tuple[QuantizedModule, ...] = ()
+    float_inputs: tuple[FloatInput, ...] = ()
+    shared: tuple[SharedQuantizer, ...] = ()
+    left_in_float: tuple[LeftInFloat, ...] = ()
+    unreached: tuple[str, ...] = ()
+    links_recorded: bool = False
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.quantized)} modules quantized"]
+        if not self.links_recorded:
+            lines.append("links: the first forward will be recorded")
+        lines += [f"input {i.index} of {i.path}: quantized there, {i.reason}" for i in self.float_inputs]
+        lines += [f"one quantizer: {', '.join(s.paths)} ({s.reason})" for s in self.shared]
+        lines += [f"left in float: {f.path or '(root)'} [{f.kind}], {f.reason}" for f in self.left_in_float]
+        lines += [f"not reached: {path}" for path in self.unreached]
+        return "\n".join(lines)
