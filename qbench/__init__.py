@@ -1,0 +1,37 @@
+"""qbench: quantization-aware training of CNNs whose trained codes are the deployed codes."""
+
+from qbench import errors, targets
+from qbench.conversion import convert
+from qbench.fake_quantize import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
+from qbench.fake_quantize.bias import BiasSpec
+from qbench.fusion import fuse, fuse_modules
+from qbench.mappings import register_pattern
+from qbench.nn.qat import freeze_bn_stats, update_bn_stats
+from qbench.numerics.qparams import QParams, QSpec
+from qbench.preparation import preparation_report, prepare_qat
+from qbench.qconfig import QConfig, QuantizerConfig, get_qconfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BiasSpec",
+    "QConfig",
+    "QParams",
+    "QSpec",
+    "QuantizerConfig",
+    "convert",
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
+    "errors",
+    "freeze_bn_stats",
+    "fuse",
+    "fuse_modules",
+    "get_qconfig",
+    "prepare_qat",
+    "preparation_report",
+    "register_pattern",
+    "targets",
+    "update_bn_stats",
+]

@@ -1,0 +1,178 @@
+"""QAT → Q/DQ program: every QAT module becomes its deployed form, and the model is exported.
+
+The program is a `torch.export.ExportedProgram` of aten and `quantized_decomposed` operators with the user's inputs and outputs.
+Every quantized operation has a dequantize directly at each input and a quantize at its output; weights are integer codes; each
+bias is a float32 tensor that lies on its grid, which a runtime's own rounding recovers (docs/equations.md) and
+`qbench.passes.quantize_bias` turns into int32 codes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbench import targets
+from qbench.errors import ConfigError, ConversionError, LinkError, NumericsError, QBenchError
+from qbench.fake_quantize import FakeQuantize
+from qbench.graph.cleanup import remove_redundant_qdq
+from qbench.graph.qdq import quantized_decomposed
+from qbench.nn.qat.body import QatLayer, QatModule
+from qbench.nn.reference import reference_of
+from qbench.numerics.bias import accumulator_bound, fits_accumulator
+from qbench.preparation import preparation_report, quantized_modules
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    target: str | targets.Target | None = None,
+    dynamic_shapes: Any = None,
+) -> torch.export.ExportedProgram:
+    """Export a trained QAT model as a Q/DQ program.
+
+    Args:
+        model: A prepared model whose quantizers have seen data; it is not changed.
+        example_inputs: One tuple of inputs, float32 where the model takes images.
+        target: What the program is for; the default is that of the qconfig. It is recorded in the program.
+        dynamic_shapes: As for `torch.export.export`.
+
+    Returns:
+        The program; `program.graph_module.meta["custom"]["qbench"]` holds the target's name.
+
+    Raises:
+        ConversionError: the model was not prepared, cannot be exported (a branch that depends on data), or a layer does not fit
+            its accumulator.
+        LinkError: a layer does not know the quantizer of its input.
+        NumericsError: a quantizer has seen no data, a value is NaN or infinite, a bias does not fit.
+    """
+    if not isinstance(example_inputs, tuple):
+        raise ConfigError(
+            f"convert: example_inputs is {type(example_inputs).__name__}, expected a tuple: convert(model, (x,))"
+        )
+    modules = dict(quantized_modules(model))
+    if not modules:
+        raise ConversionError(
+            f"convert: {type(model).__name__} has no QAT module; convert(qbench.prepare_qat(model, ...), inputs) after training"
+        )
+    found = _target(modules, target)
+    for path, module in modules.items():
+        _check_module(path, module, found)
+    quantized_decomposed()
+    reference = _reference_model(model)
+    program = _export(reference, example_inputs, dynamic_shapes)
+    remove_redundant_qdq(program)
+    custom = program.graph_module.meta.setdefault("custom", {})
+    custom["qbench"] = {"target": found.name}
+    return program
+
+
+def _target(modules: dict[str, QatModule], target: str | targets.Target | None) -> targets.Target:
+    if target is not None:
+        return targets.get(target)
+    found = {module.qconfig.deployment.name: module.qconfig.deployment for module in modules.values()}
+    if len(found) > 1:
+        raise ConversionError(
+            f"convert: parts of the model are for different targets ({', '.join(found)}); say which: convert(..., target=...)"
+        )
+    return next(iter(found.values()))
+
+
+def _check_module(path: str, module: QatModule, target: targets.Target) -> None:
+    """Raise for everything that would make a wrong program, with the path of the module."""
+    try:
+        if module.sources is None:
+            raise LinkError(
+                "the quantizer of its input is not known: no recorded forward reached it. Give prepare_qat example_inputs that "
+                "do, one tuple per path of control flow"
+            )
+        disabled = [q for q in module.modules() if isinstance(q, FakeQuantize) and not q.fake_quant_enabled]
+        if disabled:
+            raise NumericsError(
+                f"fake-quant of {disabled[0].label} is disabled; model.apply(qbench.enable_fake_quant) before convert"
+            )
+        module.output_quantizer.deployed_qparams()
+        if isinstance(module, QatLayer):
+            _check_accumulator(module, target)
+    except QBenchError as error:
+        message = str(error)
+        raise type(error)(message if message.startswith(path) else f"{path or '(root)'}: {message}") from None
+
+
+def _check_accumulator(layer: QatLayer, target: targets.Target) -> None:
+    codes = layer.parameter_codes()
+    source = layer.input_qparams()
+    zero = int(source.zero_point)
+    largest = max(source.qmax - zero, zero - source.qmin)
+    weight, layout = codes.weight, layer.layout()
+    if layout.transposed:
+        # (in, out/groups, …) -> (groups, in/groups, out/groups, …) -> (out, in/groups, …)
+        grouped = weight.reshape(layout.groups, -1, *weight.shape[1:]).transpose(1, 2)
+        weight = grouped.reshape(layout.out_channels(weight), -1)
+    bound = accumulator_bound(weight, codes.bias, largest)
+    bad = ~fits_accumulator(bound, target.accumulator_bits)
+    if bool(bad.any()):
+        channel = int(bad.nonzero()[0])
+        raise ConversionError(
+            f"output channel {channel} can reach |accumulator| = {int(bound[channel])}, more than the {target.accumulator_bits} "
+            f"bits of target {target.name}; fewer weight or activation bits fit: get_qconfig(weight_bits=4)"
+        )
+
+
+def _reference_model(model: nn.Module) -> nn.Module:
+    """A copy of the model in eval with every QAT module in its deployed form."""
+    memo: dict[int, Any] = {}
+    for _, module in quantized_modules(model):
+        # Deployed modules replace QAT modules in the copy: parameters of layers are never copied.
+        memo[id(module)] = _eval_reference(module)
+    with torch.no_grad():
+        reference = copy.deepcopy(model, memo)
+    for name in [name for name, value in reference.__dict__.items() if name.startswith("_qbench")]:
+        del reference.__dict__[name]
+    return reference.eval()
+
+
+def _eval_reference(module: QatModule) -> nn.Module:
+    reference = reference_of(module)
+    # Hooks belong to the module's place in the model.
+    reference._forward_pre_hooks.update(module._forward_pre_hooks)
+    reference._forward_pre_hooks_with_kwargs.update(module._forward_pre_hooks_with_kwargs)
+    reference._forward_hooks.update(module._forward_hooks)
+    reference._forward_hooks_with_kwargs.update(module._forward_hooks_with_kwargs)
+    return reference.eval()
+
+
+def _export(
+    reference: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
+) -> torch.export.ExportedProgram:
+    try:
+        with torch.no_grad():
+            return torch.export.export(reference, example_inputs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        way_out = (
+            "a branch that depends on the values of a tensor cannot be deployed as it is: export one path (a module whose forward "
+            "takes it), or write the branch with torch.cond"
+            if _is_data_dependent(error)
+            else "torch.export.export(model.eval(), example_inputs, strict=False) of the float model must work first"
+        )
+        raise ConversionError(f"convert: {type(reference).__name__} cannot be exported: {reason}. {way_out}") from error
+
+
+def _is_data_dependent(error: Exception) -> bool:
+    text = f"{type(error).__name__} {error}"
+    return any(word in text for word in ("DataDependent", "data-dependent", "Could not guard", "control flow"))
+
+
+def trained_codes(model: nn.Module) -> dict[str, Tensor]:
+    """Weight and bias codes that training used, by path: `"layer.weight"` and `"layer.bias"`."""
+    preparation_report(model)
+    codes = {}
+    for path, module in quantized_modules(model):
+        if isinstance(module, QatLayer):
+            found = module.parameter_codes()
+            codes[f"{path}.weight"], codes[f"{path}.bias"] = found.weight, found.bias
+    return codes

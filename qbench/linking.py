@@ -1,0 +1,287 @@
+"""Links: which quantizer produced the input of each QAT module, found by recording a forward.
+
+A tensor that a quantizer puts out is followed through operators that keep its grid (`graph.scale_preserving`). Producers that
+meet at one input — branches of Python control flow, pyramid levels, the inputs of a concat — become one shared quantizer,
+because hardware has one `s_in` there. An input that no quantizer produced gets a quantizer at its consumer.
+
+Three traps: a tensor must be kept alive by the key that stands for it (ids are reused), so keys are weak tensor references; a
+tag is void when the tensor was written to since (`_version`), or writes through a view would give wrong links; so recording
+needs version counters and runs under no_grad, not inference_mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qbench.errors import LinkError
+from qbench.fake_quantize import FakeQuantize
+from qbench.graph.scale_preserving import is_scale_joining, is_scale_preserving
+from qbench.nn.qat.body import QatModule
+from qbench.report.preparation import FloatInput, SharedQuantizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FloatSource:
+    """A tensor on no grid: what made it."""
+
+    reason: str
+
+
+Producer = FakeQuantize | FloatSource
+
+
+@dataclasses.dataclass
+class Links:
+    """What a recording found: the producers that were seen at each input of each module, in order of first sight."""
+
+    seen: dict[QatModule, dict[int, dict[Producer, None]]] = dataclasses.field(default_factory=dict)
+
+    def add(self, module: QatModule, index: int, producer: Producer) -> None:
+        """Note one producer at one input."""
+        self.seen.setdefault(module, {}).setdefault(index, {})[producer] = None
+
+
+def link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> LinkResult:
+    """Record forwards of a prepared model and connect every QAT module to the quantizers of its inputs, in place.
+
+    Args:
+        model: A prepared model.
+        calls: Positional and keyword arguments of each forward to record; together they must reach every branch.
+
+    Returns:
+        What was quantized at a consumer, what was merged, what was not reached.
+    """
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, QatModule)}
+    links = Links()
+    with _quiet(model, modules.values()):
+        for args, kwargs in calls:
+            _record(model, modules.values(), links, args, kwargs)
+        if any(module not in links.seen for module in modules.values()):
+            # Auxiliary heads run in training only: show containers training mode, but no BatchNorm and no dropout.
+            with _containers_in_training(model):
+                for args, kwargs in calls:
+                    _record(model, modules.values(), links, args, kwargs)
+    return _connect(model, modules, links)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkResult:
+    """What `link` did, for the preparation report."""
+
+    float_inputs: tuple[FloatInput, ...]
+    shared: tuple[SharedQuantizer, ...]
+    unreached: tuple[str, ...]
+
+
+class _Recorder(TorchDispatchMode):
+    """Follows producers through dispatched operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: Any = WeakTensorKeyDictionary()
+
+    def tag(self, tensor: Tensor, producer: Producer) -> None:
+        self.tags[tensor] = (producer, tensor._version)
+
+    def producer(self, tensor: Tensor) -> Producer | None:
+        producer, version = self.tags.get(tensor, (None, None))
+        return producer if version == tensor._version else None
+
+    def producer_or_source(self, tensor: Tensor, reason: str) -> Producer:
+        found = self.producer(tensor)
+        if found is None:
+            found = FloatSource(reason)
+            self.tag(tensor, found)
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tag = self._output_tag(func, args, kwargs)  # before the call: an in-place operator changes the version
+        out = func(*args, **kwargs)
+        if tag is not None:
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    self.tag(tensor, tag)
+        return out
+
+    def _output_tag(self, func: Any, args: Any, kwargs: Any) -> Producer | None:
+        if is_scale_preserving(func, args, kwargs):
+            return self.producer(args[0]) if args and isinstance(args[0], Tensor) else None
+        if is_scale_joining(func):
+            found = {self.producer(tensor) for tensor in args[0]}
+            if len(found) == 1:
+                return next(iter(found))
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(self.producer(tensor) is not None for tensor in tensors):
+            return FloatSource(f"{func._overloadpacket} leaves the grid")
+        return None
+
+
+def _record(
+    model: nn.Module, modules: Any, links: Links, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    recorder = _Recorder()
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        for index, tensor in enumerate(t for t in inputs if isinstance(t, Tensor)):
+            links.add(module, index, recorder.producer_or_source(tensor, "an input of the model, or made in float"))  # type: ignore[arg-type]
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        recorder.tag(output, module)  # type: ignore[arg-type]
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for handle in (
+                module.register_forward_pre_hook(before, prepend=True),
+                module.output_quantizer.register_forward_hook(after),
+            ):
+                stack.callback(handle.remove)
+        stack.enter_context(recorder)
+        model.forward(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module, modules: Any) -> Iterator[None]:
+    """Eval, no gradients, quantizers passing values through, no compiled code, the random state as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    quantizers = [(q, q.fake_quant_enabled) for q in model.modules() if isinstance(q, FakeQuantize)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in modules:
+            stack.enter_context(module.recording())
+        try:
+            for module, _ in modes:
+                module.training = False
+            for quantizer, _ in quantizers:
+                quantizer.fake_quant_enabled = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for quantizer, enabled in quantizers:
+                quantizer.fake_quant_enabled = enabled
+
+
+@contextlib.contextmanager
+def _containers_in_training(model: nn.Module) -> Iterator[None]:
+    containers = [m for m in model.modules() if any(True for _ in m.children()) and not isinstance(m, QatModule)]
+    for module in containers:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in containers:
+            module.training = False
+
+
+class _Groups:
+    """Union–find over producers."""
+
+    def __init__(self) -> None:
+        self.parent: dict[Producer, Producer] = {}
+        self.reasons: dict[Producer, str] = {}
+
+    def find(self, producer: Producer) -> Producer:
+        self.parent.setdefault(producer, producer)
+        while self.parent[producer] is not producer:
+            producer = self.parent[producer]
+        return producer
+
+    def join(self, producers: Sequence[Producer], reason: str) -> None:
+        roots = list(dict.fromkeys(self.find(producer) for producer in producers))
+        # A quantizer that exists represents its group.
+        roots.sort(key=lambda root: isinstance(root, FloatSource))
+        for other in roots[1:]:
+            self.parent[other] = roots[0]
+            self.reasons[roots[0]] = reason
+
+
+def _connect(model: nn.Module, modules: dict[str, QatModule], links: Links) -> LinkResult:
+    names = {module: name for name, module in modules.items()}
+    groups = _group(names, links)
+    members: dict[Producer, list[FakeQuantize]] = {}
+    for producer in list(groups.parent):
+        if isinstance(producer, FakeQuantize):
+            members.setdefault(groups.find(producer), []).append(producer)
+    quantizers: dict[Producer, FakeQuantize] = {}
+    float_inputs = []
+    for module, inputs in links.seen.items():
+        sources, owned = [], []
+        for index in sorted(inputs):
+            producers = list(inputs[index])
+            root = groups.find(producers[0])
+            if root not in quantizers:
+                quantizers[root] = root if isinstance(root, FakeQuantize) else _like(module)
+            sources.append(quantizers[root])
+            lost = [producer for producer in producers if isinstance(producer, FloatSource)]
+            if lost:
+                owned.append(index)
+                float_inputs.append(FloatInput(names[module], index, lost[0].reason))
+        module.connect(tuple(sources), tuple(owned))
+    shared = _merge(modules, groups, members)
+    label_quantizers(model)
+    unreached = tuple(name for name, module in modules.items() if module not in links.seen)
+    return LinkResult(tuple(float_inputs), shared, unreached)
+
+
+def _group(names: dict[QatModule, str], links: Links) -> _Groups:
+    groups = _Groups()
+    for module, inputs in links.seen.items():
+        for index, producers in inputs.items():
+            groups.join(list(producers), f"they meet at input {index} of {names[module]}")
+    for module, inputs in links.seen.items():
+        target = module.qconfig.deployment
+        if module.float_type.__name__ in target.shared_ops:
+            everything = [producer for producers in inputs.values() for producer in producers]
+            groups.join([*everything, module.output_quantizer], f"{names[module]} needs one grid on target {target}")
+    return groups
+
+
+def _like(module: QatModule) -> FakeQuantize:
+    quantizer = module.qconfig.make_activation().train(module.training)
+    return quantizer.to(next((b.device for b in module.output_quantizer.buffers()), "cpu"))
+
+
+def _merge(
+    modules: dict[str, QatModule], groups: _Groups, members: dict[Producer, list[FakeQuantize]]
+) -> tuple[SharedQuantizer, ...]:
+    shared = []
+    for root, quantizers in members.items():
+        if len(quantizers) < 2 or not isinstance(root, FakeQuantize):
+            continue
+        owners = [(name, m) for name, m in modules.items() if any(m.output_quantizer is q for q in quantizers)]
+        specs = {str(q.spec): name for name, m in owners for q in [m.output_quantizer]}
+        if len(specs) > 1:
+            listed = "; ".join(f"{name} has {spec}" for spec, name in specs.items())
+            raise LinkError(
+                f"quantizers must become one because {groups.reasons.get(root, 'they meet')}, but they differ: {listed}. Give "
+                "these modules the same qconfig"
+            )
+        for _, module in owners:
+            module.output_quantizer = root
+        shared.append(SharedQuantizer(tuple(name for name, _ in owners), groups.reasons.get(root, "they meet")))
+    return tuple(shared)
+
+
+def label_quantizers(model: nn.Module) -> None:
+    """Tell every quantizer its path, for messages."""
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantize):
+            module.label = name
+
+
+def only_once(hook: Any, module: nn.Module) -> None:
+    """Remove a forward pre-hook of a module by its identity: handles do not survive deepcopy, hooks do."""
+    for key in [key for key, known in module._forward_pre_hooks.items() if known is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)

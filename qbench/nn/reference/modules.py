@@ -1,0 +1,154 @@
+"""Deployed form of QAT modules: the float operation between explicit dequantize and quantize operators.
+
+    layer   q → dq(input) ─┐
+            dq(weight) ────┼─ op ─ [q → dq] ─ [activation] ─ q → dq
+            bias on grid ──┘
+
+Weight codes are stored as integers. The q → dq before the input restates the grid that the producer has; `convert` removes
+the pairs that repeat one.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbench.graph.qdq import quantized_decomposed
+from qbench.nn.qat.body import QatLayer, QatModule, QatOp, adopt_state
+from qbench.numerics.qparams import QParams
+
+
+class QuantizeDequantize(nn.Module):
+    """q then dq on one per-tensor grid; the scale is a literal of the program."""
+
+    def __init__(self, qparams: QParams) -> None:
+        super().__init__()
+        self.grid = (
+            float(qparams.scale.item()),
+            int(qparams.zero_point.item()),
+            qparams.qmin,
+            qparams.qmax,
+            qparams.dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float -> float on the grid."""
+        ops = quantized_decomposed()
+        return ops.dequantize_per_tensor.default(ops.quantize_per_tensor.default(x, *self.grid), *self.grid)
+
+    def extra_repr(self) -> str:
+        """Scale, zero point, codes."""
+        scale, zero_point, qmin, qmax, _ = self.grid
+        return f"scale={scale:.4g}, zero_point={zero_point}, codes [{qmin}, {qmax}]"
+
+
+class ReferenceModule(nn.Module):
+    """Inputs on their grids, a float operation, the output on its grid."""
+
+    inputs: nn.ModuleList
+    output: QuantizeDequantize
+
+    def _add_grids(self, qat: QatModule) -> None:
+        count = len(qat.sources or ())
+        self.inputs = nn.ModuleList(QuantizeDequantize(qat.input_qparams(i)) for i in range(count))
+        self.output = QuantizeDequantize(qat.output_quantizer.deployed_qparams())
+
+    def quantized_inputs(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """Each input on its grid."""
+        return [grid(tensor) for grid, tensor in zip(self.inputs, tensors, strict=True)]
+
+
+class ReferenceOp(ReferenceModule):
+    """Deployed form of an operation without parameters."""
+
+    def __init__(self, qat: QatOp) -> None:
+        super().__init__()
+        self.op = qat.to_float()
+        self._add_grids(qat)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Tensors -> the operation's output on its grid."""
+        return self.output(self.op(*self.quantized_inputs(tensors)))
+
+
+class ReferenceLayer(ReferenceModule):
+    """Deployed form of a layer with a weight: integer weight codes, a float bias that lies on its grid."""
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor
+
+    def __init__(self, qat: QatLayer) -> None:
+        super().__init__()
+        codes = qat.parameter_codes()
+        grid = codes.weight_qparams
+        self.call = FloatCall(qat)
+        self.register_buffer("weight_codes", codes.weight)
+        self.register_buffer("weight_scale", grid.scale)
+        self.register_buffer("weight_zero_point", grid.zero_point.to(torch.int64))
+        self.register_buffer("bias", codes.bias_value)
+        self.weight_grid = (grid.axis, grid.qmin, grid.qmax, grid.dtype)
+        self.per_tensor_grid = None if grid.axis is not None else QuantizeDequantize(grid).grid
+        before = qat.pre_activation_quantizer
+        self.pre_activation = None if before is None else QuantizeDequantize(before.deployed_qparams())
+        self.activation = _out_of_place(qat.activation_module)
+        self._add_grids(qat)
+
+    def weight(self) -> Tensor:
+        """`Ŵ`: the dequantized codes."""
+        ops = quantized_decomposed()
+        if self.per_tensor_grid is not None:
+            return ops.dequantize_per_tensor.default(self.weight_codes, *self.per_tensor_grid)
+        axis, qmin, qmax, dtype = self.weight_grid
+        return ops.dequantize_per_channel.default(
+            self.weight_codes, self.weight_scale, self.weight_zero_point, axis, qmin, qmax, dtype
+        )
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Input -> output on its grid."""
+        (x,) = self.quantized_inputs((x,))
+        y = self.call(x, self.weight(), self.bias, *args)
+        if self.pre_activation is not None:
+            y = self.pre_activation(y)
+        if self.activation is not None:
+            y = self.activation(y)
+        return self.output(y)
+
+
+def _out_of_place(activation: nn.Module | None) -> nn.Module | None:
+    """The same activation without in-place writes, which passes over a program would have to see through."""
+    if getattr(activation, "inplace", False):
+        activation = copy.copy(activation)
+        activation.inplace = False  # type: ignore[union-attr,assignment]
+    return activation
+
+
+class FloatCall(nn.Module):
+    """The linear part of a layer as a call that is given its weight and bias."""
+
+    def __init__(self, qat: QatLayer) -> None:
+        super().__init__()
+        # An empty layer of PyTorch's own class holds stride, padding and the like.
+        shell = qat.linear_type.__new__(qat.linear_type)
+        nn.Module.__init__(shell)
+        adopt_state(shell, qat)
+        shell._parameters.clear()
+        self.kind = type(qat)
+        object.__setattr__(self, "shell", shell)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
+        """The convolution or matrix product."""
+        return self.kind.linear(self.shell, x, weight, bias, *args)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        """Class of the layer."""
+        return self.kind.linear_type.__name__
+
+
+def reference_of(qat: QatModule) -> ReferenceModule:
+    """The deployed form of a QAT module."""
+    return ReferenceLayer(qat) if isinstance(qat, QatLayer) else ReferenceOp(qat)  # type: ignore[arg-type]

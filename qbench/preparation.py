@@ -1,0 +1,264 @@
+"""fused → QAT: modules are swapped in place of the float ones; the rest of the model is the user's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from qbench import linking, mappings
+from qbench.errors import ConfigError, LinkError, PreparationError, QBenchError
+from qbench.fake_quantize import FakeQuantize
+from qbench.fusion import NOTES
+from qbench.nn.intrinsic import Fused
+from qbench.nn.qat.body import QatModule, check_finite
+from qbench.qconfig import QConfig
+from qbench.report.preparation import LeftInFloat, PreparationReport, QuantizedModule
+
+_REPORT = "_qbench_preparation"
+
+Examples = tuple[Any, ...] | Sequence[tuple[Any, ...]]
+
+
+def prepare_qat(
+    model: nn.Module,
+    mapping: Mapping[type[nn.Module], type[QatModule]] | None = None,
+    inplace: bool = False,
+    *,
+    qconfig: QConfig | None = None,
+    example_inputs: Examples | None = None,
+) -> nn.Module:
+    """Swap float modules for QAT modules and find out which quantizer each of them gets its input from.
+
+    Argument order is that of `torch.ao.quantization.prepare_qat`. A module's `qconfig` attribute holds for it and what is
+    below it; `qconfig = None` leaves that part in float.
+
+    Args:
+        model: A float model, fused or not; hooks, Python control flow and the names of its weights stay.
+        mapping: {float type: QAT type} that come before the default ones.
+        inplace: Change `model` itself.
+        qconfig: The qconfig of the root; the default is `model.qconfig`.
+        example_inputs: One tuple of inputs to record a forward with, or a list of tuples, one per path of control flow.
+            Without it the first forward is recorded.
+
+    Returns:
+        The prepared model; `preparation_report(model)` says what was and was not quantized.
+
+    Raises:
+        PreparationError: there is no qconfig anywhere, or nothing to quantize.
+        FusionError: a wrapper whose parts do not match.
+        NumericsError: a weight or statistic is NaN or infinite.
+        LinkError: quantizers that must become one differ, or learned quantizers are used without example_inputs.
+    """
+    if not isinstance(model, nn.Module):
+        raise PreparationError(f"prepare_qat: got {type(model).__name__}, expected a torch.nn.Module")
+    calls = None if example_inputs is None else _as_calls(example_inputs)
+    notes = getattr(model, NOTES, {})
+    model = model if inplace else copy.deepcopy(model)
+    if qconfig is not None:
+        model.qconfig = qconfig  # type: ignore[assignment]
+    if not any(isinstance(m.__dict__.get("qconfig"), QConfig) for m in model.modules()):
+        raise PreparationError(
+            "prepare_qat: neither the model nor any of its modules has a qconfig; set model.qconfig = qbench.get_qconfig() or "
+            "pass qconfig="
+        )
+    known = {**mappings.default_mapping(), **_checked_mapping(mapping)}
+    quantized: list[QuantizedModule] = []
+    left: list[LeftInFloat] = [LeftInFloat(path, "forward", reason) for path, reason in notes.items()]
+    model = _swap(model, "", None, known, quantized, left, {})
+    if not quantized:
+        raise PreparationError(
+            f"prepare_qat: nothing to quantize in {type(model).__name__}; known float types: "
+            f"{', '.join(sorted(kind.__name__ for kind in known))}"
+        )
+    linking.label_quantizers(model)
+    _move_to_device_of_parameters(model)
+    report = PreparationReport(quantized=tuple(quantized), left_in_float=tuple(left))
+    object.__setattr__(model, _REPORT, report)
+    if calls is not None:
+        _link(model, calls)
+    elif any(isinstance(m, FakeQuantize) and m.learned for m in model.modules()):
+        raise LinkError(
+            "prepare_qat: learned quantizers need example_inputs, as quantizers (and their parameters) may merge when links "
+            "are recorded, after the optimizer was made: prepare_qat(model, qconfig=..., example_inputs=(x,))"
+        )
+    else:
+        model.register_forward_pre_hook(_RecordFirstForward(), prepend=True, with_kwargs=True)
+    return model
+
+
+def preparation_report(model: nn.Module) -> PreparationReport:
+    """What `prepare_qat` did to this model, and what the recorded forward found.
+
+    Raises:
+        PreparationError: the model was not prepared.
+    """
+    report = model.__dict__.get(_REPORT)
+    if report is None:
+        raise PreparationError(
+            f"{type(model).__name__} was not made by prepare_qat; preparation_report(qbench.prepare_qat(model, ...)) works"
+        )
+    return report
+
+
+class _RecordFirstForward:
+    """Forward pre-hook of a prepared model: records links once, with the arguments of that forward."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        linking.only_once(self, module)
+        _link(module, [(args, kwargs)])
+
+
+def _link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+    found = linking.link(model, calls)
+    before = preparation_report(model)
+    report = PreparationReport(
+        before.quantized,
+        found.float_inputs,
+        found.shared,
+        before.left_in_float,
+        found.unreached,
+        links_recorded=True,
+    )
+    object.__setattr__(model, _REPORT, report)
+
+
+def _as_calls(examples: Examples) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    several = isinstance(examples, list)
+    tuples = examples if several else [examples]
+    if not tuples or not all(isinstance(example, tuple) for example in tuples):
+        given = "a tensor" if isinstance(examples, Tensor) else repr(type(examples).__name__)
+        raise ConfigError(
+            f"example_inputs: got {given}, expected a tuple of the model's inputs, example_inputs=(x,), or a list of such tuples"
+        )
+    return [(example, {}) for example in tuples]
+
+
+def _checked_mapping(
+    mapping: Mapping[type[nn.Module], type[QatModule]] | None,
+) -> Mapping[type[nn.Module], type[QatModule]]:
+    for float_type, qat_type in (mapping or {}).items():
+        if not (isinstance(qat_type, type) and issubclass(qat_type, QatModule)):
+            raise ConfigError(
+                f"mapping: {float_type!r} → {qat_type!r}; expected {{float type: QAT type}}, such as "
+                "{torch.nn.Conv2d: qbench.nn.qat.Conv2d}"
+            )
+    return mapping or {}
+
+
+def _swap(
+    module: nn.Module,
+    path: str,
+    inherited: QConfig | None,
+    known: Mapping[type[nn.Module], type[QatModule]],
+    quantized: list[QuantizedModule],
+    left: list[LeftInFloat],
+    done: dict[int, nn.Module],
+) -> nn.Module:
+    if id(module) in done:
+        return done[id(module)]
+    qconfig = module.__dict__.get("qconfig", inherited)
+    if qconfig is not None and not isinstance(qconfig, QConfig):
+        raise PreparationError(
+            f"{path or '(root)'}.qconfig is {type(qconfig).__module__}.{type(qconfig).__name__}; expected a qbench.QConfig: "
+            "qbench.get_qconfig('onnxruntime')"
+        )
+    result = module
+    qat_type = known.get(type(module))
+    if isinstance(module, QatModule):
+        left.append(LeftInFloat(path, type(module).__name__, "it is a QAT module already"))
+    elif qat_type is not None and qconfig is not None:
+        result = _make_qat(module, path, qat_type, qconfig)
+        quantized.append(QuantizedModule(path, type(module).__name__, qat_type.__name__))
+    else:
+        reason = _reason_for_float(module, qat_type, qconfig)
+        if reason:
+            left.append(LeftInFloat(path, type(module).__name__, reason))
+        if not isinstance(module, Fused) or qconfig is None:
+            for name, child in list(module.named_children()):
+                below = f"{path}.{name}" if path else name
+                swapped = _swap(child, below, qconfig, known, quantized, left, done)
+                if swapped is not child:
+                    setattr(module, name, swapped)
+    done[id(module)] = result
+    return result
+
+
+def _make_qat(module: nn.Module, path: str, qat_type: type[QatModule], qconfig: QConfig) -> QatModule:
+    try:
+        check_finite(module, path)
+        qat = qat_type.from_float(module, module.__dict__.get("qconfig", qconfig))
+    except QBenchError as error:
+        raise type(error)(f"{path or '(root)'}: {error}") from None
+    _move_hooks(module, qat)
+    return qat
+
+
+def _move_hooks(module: nn.Module, qat: nn.Module) -> None:
+    """Hooks of the module, and of a wrapper's first (before) and last part (after), which no longer exist on their own."""
+    holders = (module[0], module, module[-1]) if isinstance(module, Fused) else (module,)
+    for holder in dict.fromkeys(holders):
+        if holder is module or holder is holders[0]:
+            qat._forward_pre_hooks.update(holder._forward_pre_hooks)
+            qat._forward_pre_hooks_with_kwargs.update(holder._forward_pre_hooks_with_kwargs)
+        if holder is module or holder is holders[-1]:
+            qat._forward_hooks.update(holder._forward_hooks)
+            qat._forward_hooks_with_kwargs.update(holder._forward_hooks_with_kwargs)
+    qat._backward_hooks.update(module._backward_hooks)
+    qat._backward_pre_hooks.update(module._backward_pre_hooks)
+
+
+# They move, select or clip values to a bound that every grid has: nothing to quantize.
+_TRANSPARENT = (
+    nn.Identity,
+    nn.ReLU,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.ZeroPad2d,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+)
+
+
+def _reason_for_float(module: nn.Module, qat_type: type[QatModule] | None, qconfig: QConfig | None) -> str:
+    """Why a module stays float; empty for what has nothing to quantize."""
+    if qat_type is not None:
+        return "its qconfig is None"
+    if isinstance(module, Fused):
+        return f"no QAT class is registered for {type(module).__name__}: qbench.register_pattern" if qconfig else ""
+    leaf = not any(True for _ in module.children())
+    if not leaf or isinstance(module, _TRANSPARENT):
+        return ""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "no layer before it that it folds into (fuse folds a BatchNorm into a layer with no other user)"
+    if type(module).__module__.startswith("torch.nn"):
+        return f"no QAT class for {type(module).__name__}"
+    if any(True for _ in module.parameters(recurse=False)):
+        return f"{type(module).__name__} is not a known float type; map it: prepare_qat(model, mapping={{...}})"
+    return ""
+
+
+def _move_to_device_of_parameters(model: nn.Module) -> None:
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        for module in model.modules():
+            if isinstance(module, FakeQuantize):
+                module.to(parameter.device)
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QatModule]]:
+    """Paths and QAT modules of a prepared model."""
+    for name, module in model.named_modules():
+        if isinstance(module, QatModule):
+            yield name, module
