@@ -1,0 +1,9 @@
+"""From a Q/DQ program to files that integer runtimes run, and the runtimes that run them."""
+
+from __future__ import annotations
+
+from qbench.export.executorch import ExecutorchReport, to_executorch
+from qbench.export.onnx import OnnxReport, to_onnx
+from qbench.export.runtimes import RUNTIMES, run_file, run_program
+
+__all__ = ["RUNTIMES", "ExecutorchReport", "OnnxReport", "run_file", "run_program", "to_executorch", "to_onnx"]

@@ -1,0 +1,262 @@
+"""Rewrites of a Q/DQ graph that both exports need. None of them changes a value.
+
+    Q(x) = clamp(rne(x / s) + z, qmin, qmax)        D(c) = (c − z)·s
+
+    on the grid     Q(D(c)) = c                      so a q–dq pair may stand wherever values lie on its grid
+    order           Q(max(x, a)) = max(Q(x), Q(a))   so a clamp may stand on either side of its quantize op
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from qbench.graph.dialect import argument, node_argument, packet
+from qbench.graph.qdq import quantized_decomposed
+from qbench.graph.scale_preserving import grid_source
+
+aten = torch.ops.aten
+
+#: Convolutions and matrix products: what has an integer kernel with a bias.
+GEMMS = frozenset(
+    {
+        aten.conv1d,
+        aten.conv2d,
+        aten.conv3d,
+        aten.conv_transpose1d,
+        aten.conv_transpose2d,
+        aten.conv_transpose3d,
+        aten.convolution,
+        aten.linear,
+    }
+)
+
+_BOUND_NAMES: dict[Any, tuple[str | None, str | None]] = {
+    aten.hardtanh: ("min_val", "max_val"),
+    aten.hardtanh_: ("min_val", "max_val"),
+    aten.clamp: ("min", "max"),
+    aten.clamp_: ("min", "max"),
+    aten.clamp_min: ("min", None),
+    aten.clamp_max: (None, "max"),
+}
+
+
+def is_quantize(node: object) -> bool:
+    """Whether the node is a per-tensor quantize op with literal scale and zero point."""
+    return isinstance(node, fx.Node) and node.target is quantized_decomposed().quantize_per_tensor.default
+
+
+def is_dequantize(node: object) -> bool:
+    """Whether the node is a per-tensor dequantize op with literal scale and zero point."""
+    return isinstance(node, fx.Node) and node.target is quantized_decomposed().dequantize_per_tensor.default
+
+
+def is_activation_dequantize(node: object) -> bool:
+    """Whether the node dequantizes codes that the program computed (not a stored weight)."""
+    return is_dequantize(node) and node.args[0].op == "call_function"  # type: ignore[attr-defined]
+
+
+def insert_after(anchor: fx.Node, target: Callable[..., Any], args: Sequence[Any]) -> fx.Node:
+    """Insert a call after `anchor`, with the fake value and the module path that a program's nodes carry."""
+    graph = anchor.graph
+    with graph.inserting_after(anchor):
+        node = graph.call_function(target, tuple(args))
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", "torch_fn"):
+        if key in anchor.meta:
+            node.meta[key] = anchor.meta[key]
+    refresh(node)
+    return node
+
+
+def refresh(node: fx.Node) -> None:
+    """Recompute the fake value of a node whose arguments changed."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
+    node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def requantize_after(node: fx.Node, dequantize: fx.Node) -> fx.Node:
+    """Insert a q–dq pair with the parameters of `dequantize` after `node`; returns the new dequantize node."""
+    codes = insert_after(node, quantized_decomposed().quantize_per_tensor.default, (node, *dequantize.args[1:]))
+    return insert_after(codes, dequantize.target, (codes, *dequantize.args[1:]))  # type: ignore[arg-type]
+
+
+def replace_everywhere(program: ExportedProgram, old: fx.Node, new: fx.Node) -> None:
+    """Let every reader of `old` but `new` itself read `new`, the program's outputs included."""
+    readers = [reader for reader in old.users if reader is not new]
+    for reader in readers:
+        reader.replace_input_with(old, new)
+    if any(reader.op == "output" for reader in readers):
+        program.graph_signature.replace_all_uses(old.name, new.name)
+
+
+def full_range(dtype: torch.dtype) -> tuple[int, int]:
+    """The smallest and the largest code of a dtype."""
+    return torch.iinfo(dtype).min, torch.iinfo(dtype).max
+
+
+def clamp_bounds(node: fx.Node) -> tuple[float, float] | None:
+    """The real bounds of a ReLU, ReLU6, hardtanh or clamp with literal bounds; None for every other node."""
+    operation = packet(node.target)
+    if operation in (aten.relu, aten.relu_):
+        return 0.0, math.inf
+    if operation in (aten.relu6, aten.relu6_):
+        return 0.0, 6.0
+    names = _BOUND_NAMES.get(operation)
+    if names is None:
+        return None
+    low, high = (name and argument(node.target, node.args, node.kwargs, name) for name in names)
+    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
+        return None
+    return (-math.inf if low is None else float(low)), (math.inf if high is None else float(high))
+
+
+def clamps_before(node: fx.Node) -> tuple[fx.Node, tuple[float, float]]:
+    """Follow the clamps that end in `node`, each read by nothing else.
+
+    Returns:
+        What the first clamp reads (the producer), and the bounds `[low, high]` of all clamps together.
+    """
+    low, high = -math.inf, math.inf
+    source = node.args[0]
+    while isinstance(source, fx.Node) and len(source.users) == 1 and (bounds := clamp_bounds(source)) is not None:
+        # The outer clamp comes last, so it has the last word on the inner one's bounds.
+        low, high = (min(max(bound, low), high) for bound in bounds)
+        source = source.args[0]
+    if not isinstance(source, fx.Node):  # pragma: no cover - a program computes from tensors
+        raise TypeError(f"{node.format_node()} does not compute from a tensor")
+    return source, (low, high)
+
+
+def close_views(program: ExportedProgram) -> int:
+    """Put a q–dq pair behind every scale-preserving op, so that each op reads a dequantize node directly.
+
+    `dq → view → conv` becomes `dq → view → q → dq → conv`; runtimes match only the second. Returns how many were put.
+    """
+    closed = 0
+    for node in list(program.graph.nodes):
+        dequantize = grid_source(node)
+        if not is_activation_dequantize(dequantize) or not isinstance(node.meta["val"], torch.Tensor):
+            continue
+        readers = [
+            reader
+            for reader in node.users
+            if reader.op != "output" and not (is_quantize(reader) and reader.args[1:] == dequantize.args[1:])
+        ]
+        if readers:
+            real = requantize_after(node, dequantize)
+            for reader in readers:
+                reader.replace_input_with(node, real)
+            closed += 1
+    return closed
+
+
+def infer_sizes(program: ExportedProgram) -> int:
+    """Let reshapes infer their only unknown size (the batch): `flatten(x, 1)` becomes `reshape(x, [-1, 512])`.
+
+    Without it the size is computed by nodes of its own, which XNNPACK does not take. Returns how many were rewritten.
+    """
+    rewritten = 0
+    for node in program.graph.nodes:
+        if packet(node.target) not in (aten.flatten, aten.view, aten.reshape, aten.unflatten):
+            continue
+        shape = node.meta["val"].shape
+        if sum(not isinstance(size, int) for size in shape) != 1 or 0 in shape:
+            continue
+        node.target = aten.reshape.default
+        node.args = (node.args[0], [size if isinstance(size, int) else -1 for size in shape])
+        node.kwargs = {}
+        rewritten += 1
+    return rewritten
+
+
+def keep_mean_dims(program: ExportedProgram) -> int:
+    """Make `mean(x, spatial dims) → q → dq` keep its dims and squeeze after the dq: the form of a global pool.
+
+    Returns:
+        How many were rewritten; means over other dims are left as they are.
+    """
+    rewritten = 0
+    for node in list(program.graph.nodes):
+        if node.target is not aten.mean.dim or not _is_spatial_mean(node) or len(node.users) != 1:
+            continue
+        quantize = next(iter(node.users))
+        if not is_quantize(quantize) or not all(is_dequantize(reader) for reader in quantize.users):
+            continue
+        dims = node.args[1]
+        node.args = (node.args[0], dims, True)
+        for changed in (node, quantize, *quantize.users):
+            refresh(changed)
+        for dequantize in list(quantize.users):
+            replace_everywhere(program, dequantize, insert_after(dequantize, aten.squeeze.dims, (dequantize, dims)))
+        rewritten += 1
+    return rewritten
+
+
+def _is_spatial_mean(node: fx.Node) -> bool:
+    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    dims = node.args[1] if len(node.args) > 1 else None
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    if keep or not isinstance(dims, (list, tuple)) or rank < 3:
+        return False
+    return sorted(dim % rank for dim in dims) == list(range(2, rank))  # type: ignore[operator]
+
+
+def shift_codes(program: ExportedProgram, dtype: torch.dtype) -> int:
+    """Store 8-bit codes between quantize and dequantize ops as `dtype`, int8 or uint8: int8 codes are uint8 codes − 128.
+
+    Codes that something else reads (an output, say) keep their dtype. Returns how many quantize ops changed.
+    """
+    other, shift = {torch.uint8: (torch.int8, 128), torch.int8: (torch.uint8, -128)}[dtype]
+    changed = 0
+    for node in list(program.graph.nodes):
+        if not is_quantize(node) or node.args[5] is not other or not any(map(is_dequantize, node.users)):
+            continue
+        _give_own_codes(program, node)
+        for shifted in (node, *node.users):
+            source, scale, zero_point, low, high, _ = shifted.args
+            shifted.args = (source, scale, zero_point + shift, low + shift, high + shift, dtype)
+            refresh(shifted)
+        changed += 1
+    return changed
+
+
+def _give_own_codes(program: ExportedProgram, quantize: fx.Node) -> None:
+    """Let readers of codes that are no dequantize ops read codes of their own: `q → dq → q`, which are the same."""
+    readers = [reader for reader in quantize.users if not is_dequantize(reader)]
+    if not readers:
+        return
+    parameters = quantize.args[1:]
+    real = insert_after(quantize, quantized_decomposed().dequantize_per_tensor.default, (quantize, *parameters))
+    codes = insert_after(real, quantize.target, (real, *parameters))  # type: ignore[arg-type]
+    for reader in readers:
+        reader.replace_input_with(quantize, codes)
+    if any(reader.op == "output" for reader in readers):
+        program.graph_signature.replace_all_uses(quantize.name, codes.name)
+
+
+def finish(program: ExportedProgram) -> ExportedProgram:
+    """Drop what nothing reads, check the graph and recompile it."""
+    program.graph.eliminate_dead_code()
+    program.graph.lint()
+    program.graph_module.recompile()
+    return program
+
+
+def is_any_dequantize(node: object) -> bool:
+    """Whether the node is a dequantize op, per tensor or per channel."""
+    ops = quantized_decomposed()
+    targets = (ops.dequantize_per_tensor.default, ops.dequantize_per_channel.default)
+    return isinstance(node, fx.Node) and node.target in targets
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The bias of a convolution or linear; None for other nodes and where there is none."""
+    if node.op != "call_function" or packet(node.target) not in GEMMS:
+        return None
+    bias = node_argument(node, "bias")
+    return bias if isinstance(bias, fx.Node) else None

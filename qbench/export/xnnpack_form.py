@@ -1,0 +1,102 @@
+"""The form of a Q/DQ program that XNNPACK takes as quantized. No rewrite changes a value.
+
+    codes       XNNPACK's activations are int8: uint8 codes are shifted by −128, and so is the zero point
+    clamp       it fuses ReLU with every arithmetic op, hardtanh with convolutions and linears only. Any other clamp:
+                Q(clamp(x, a, b)) = Q(clamp(D(Q(x)), a, b)), so the op gets a quantize op of its own before the clamp
+    narrow      it saturates to int8, whatever range a quantize op names: fewer bits are a clamp to that range's reals
+    branches    ops that share a dequantize op are put into one group, and a group that something leaves and enters again
+                (a residual block) splits the delegate: each reader gets a dequantize op of its own
+    weights     a weight range of [−8, 7] would be read as packed 4-bit codes; the codes are stored in int8
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from qbench.export import graphs
+from qbench.graph.dialect import packet
+from qbench.graph.qdq import quantized_decomposed
+
+aten = torch.ops.aten
+
+_RELU = (0.0, math.inf)
+
+
+def to_xnnpack_form(program: ExportedProgram) -> ExportedProgram:
+    """Rewrite a program in place, with every rewrite of this file in its order; returns it."""
+    graphs.infer_sizes(program)
+    graphs.keep_mean_dims(program)
+    graphs.close_views(program)
+    graphs.shift_codes(program, torch.int8)
+    clamp_before_quantize(program)
+    widen_weight_ranges(program)
+    separate_dequantizes(program)
+    return graphs.finish(program)
+
+
+def clamp_before_quantize(program: ExportedProgram) -> int:
+    """Turn clamps and narrow ranges into what XNNPACK fuses; returns how many quantize ops were rewritten."""
+    rewritten = 0
+    for node in list(program.graph.nodes):
+        if not graphs.is_quantize(node):
+            continue
+        source, bounds = graphs.clamps_before(node)
+        extremes = graphs.full_range(node.args[5])
+        narrow = node.args[3:5] != extremes
+        fuses = source.target is not None and packet(source.target) in graphs.GEMMS
+        if not narrow and (source is node.args[0] or bounds == _RELU):
+            continue
+        low, high = _bounds_on_grid(node, bounds)
+        anchor = source if fuses else _requantize(node, source)
+        clamp = graphs.insert_after(anchor, aten.hardtanh.default, (anchor, low, high))
+        node.args = (clamp, *node.args[1:3], *extremes, node.args[5])
+        for reader in filter(graphs.is_dequantize, node.users):
+            reader.args = (node, *node.args[1:])
+        rewritten += 1
+    return rewritten
+
+
+def _bounds_on_grid(quantize: fx.Node, bounds: tuple[float, float]) -> tuple[float, float]:
+    """The bounds as reals on the grid of `quantize`, inside its range: the same codes, and finite."""
+    scale, zero_point = quantize.args[1:3]
+    codes = [int(quantize.target(torch.tensor(bound), *quantize.args[1:])) for bound in bounds]  # type: ignore[operator]
+    low, high = ((code - zero_point) * scale for code in codes)  # type: ignore[operator]
+    return low, high
+
+
+def _requantize(quantize: fx.Node, source: fx.Node) -> fx.Node:
+    """Codes of the full range between an op and its clamp, then reals again; the dequantize node is returned."""
+    parameters = (*quantize.args[1:3], *graphs.full_range(quantize.args[5]), quantize.args[5])  # type: ignore[arg-type]
+    codes = graphs.insert_after(source, quantize.target, (source, *parameters))  # type: ignore[arg-type]
+    return graphs.insert_after(codes, quantized_decomposed().dequantize_per_tensor.default, (codes, *parameters))
+
+
+def widen_weight_ranges(program: ExportedProgram) -> int:
+    """Let dequantize ops of stored int8 codes name the range of int8; returns how many changed."""
+    ops = quantized_decomposed()
+    ranges = {ops.dequantize_per_channel.default: 4, ops.dequantize_per_tensor.default: 3}
+    changed = 0
+    for node in program.graph.nodes:
+        start = ranges.get(node.target)
+        if start is None or node.args[start + 2] is not torch.int8 or node.args[start : start + 2] != (-8, 7):
+            continue
+        node.args = (*node.args[:start], *graphs.full_range(torch.int8), *node.args[start + 2 :])
+        changed += 1
+    return changed
+
+
+def separate_dequantizes(program: ExportedProgram) -> int:
+    """Give each reader of dequantized codes a dequantize op of its own; returns how many were added."""
+    added = 0
+    for node in list(program.graph.nodes):
+        if not graphs.is_activation_dequantize(node):
+            continue
+        for reader in list(node.users)[1:]:
+            if reader.op != "output":
+                reader.replace_input_with(node, graphs.insert_after(node, node.target, node.args))
+                added += 1
+    return added
