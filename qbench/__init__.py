@@ -1,6 +1,6 @@
 """qbench: quantization-aware training of CNNs whose trained codes are the deployed codes."""
 
-from qbench import errors, targets
+from qbench import errors, export, nn, passes, targets
 from qbench.conversion import convert
 from qbench.fake_quantize import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 from qbench.fake_quantize.bias import BiasSpec
@@ -10,6 +10,7 @@ from qbench.nn.qat import freeze_bn_stats, update_bn_stats
 from qbench.numerics.qparams import QParams, QSpec
 from qbench.preparation import preparation_report, prepare_qat
 from qbench.qconfig import QConfig, QuantizerConfig, get_qconfig
+from qbench.verification import verify
 
 __version__ = "0.1.0"
 
@@ -25,13 +26,17 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "errors",
+    "export",
     "freeze_bn_stats",
     "fuse",
     "fuse_modules",
     "get_qconfig",
     "prepare_qat",
+    "nn",
+    "passes",
     "preparation_report",
     "register_pattern",
     "targets",
     "update_bn_stats",
+    "verify",
 ]

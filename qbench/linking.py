@@ -174,7 +174,8 @@ def _quiet(model: nn.Module, modules: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _containers_in_training(model: nn.Module) -> Iterator[None]:
-    containers = [m for m in model.modules() if any(True for _ in m.children()) and not isinstance(m, QatModule)]
+    own = (QatModule, FakeQuantize)  # a quantizer in training mode would observe
+    containers = [m for m in model.modules() if any(True for _ in m.children()) and not isinstance(m, own)]
     for module in containers:
         module.training = True
     try:

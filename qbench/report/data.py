@@ -3,7 +3,7 @@
 A *mismatch* is a code that differs between two forms of the same model:
 
     exact       :=  compared > 0  and  different == 0          (nothing compared is not exactness)
-    saturated   :=  codes at qmin or qmax / all codes
+    saturated   :=  codes of values beyond the grid's range / all codes
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class CodeSpread:
         name: Path of the layer whose output (or weight) it is.
         codes: How many codes were seen.
         distinct: How many different ones.
-        saturated: How many stood at qmin or qmax.
+        saturated: How many stand for a value beyond the grid's range (the zeros of a ReLU are not).
     """
 
     name: str

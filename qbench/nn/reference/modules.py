@@ -127,26 +127,24 @@ def _out_of_place(activation: nn.Module | None) -> nn.Module | None:
     return activation
 
 
-class FloatCall(nn.Module):
-    """The linear part of a layer as a call that is given its weight and bias."""
+class FloatCall:
+    """The linear part of a layer as a call that is given its weight and bias.
+
+    Not a module, so that in the program the innermost module of the convolution is the layer itself.
+    """
 
     def __init__(self, qat: QatLayer) -> None:
-        super().__init__()
         # An empty layer of PyTorch's own class holds stride, padding and the like.
         shell = qat.linear_type.__new__(qat.linear_type)
         nn.Module.__init__(shell)
         adopt_state(shell, qat)
         shell._parameters.clear()
         self.kind = type(qat)
-        object.__setattr__(self, "shell", shell)
+        self.shell = shell
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
         """The convolution or matrix product."""
         return self.kind.linear(self.shell, x, weight, bias, *args)  # type: ignore[arg-type]
-
-    def extra_repr(self) -> str:
-        """Class of the layer."""
-        return self.kind.linear_type.__name__
 
 
 def reference_of(qat: QatModule) -> ReferenceModule:
