@@ -100,6 +100,18 @@ def test_codes_of_many_channels() -> None:
     assert np.array_equal(round_bias(torch.from_numpy(bias), torch.from_numpy(scale)).numpy(), expected)
 
 
+@pytest.mark.parametrize("odd", range(1, 200, 2))
+def test_exact_ties_go_to_the_even_code(odd: int) -> None:
+    """(k + ½)·s is a float where s has few bits. Multiplying by 1/s, even in float64, misses some of these ties."""
+    steps = torch.arange(-5000, 5000, dtype=torch.float64) + 0.5
+    scale = odd * 2.0**-20
+    bias = (steps * scale).float()
+    assert torch.equal(bias.double() / scale, steps)
+    codes, _ = bias_codes(bias, f32(scale))
+    assert torch.equal(codes, 2 * torch.round(steps / 2).long())
+    assert (codes % 2 == 0).all()
+
+
 def test_float32_division_would_give_other_codes() -> None:
     """Why the codes are computed in float64."""
     bias, scale = torch.randn(100_000) * 300, f32(3e-5)
