@@ -134,17 +134,37 @@ class Constants(abc.ABC):
             node.meta["val"] = value
 
     def _evaluate(self, node: fx.Node) -> Tensor | None:
-        found = overload(node.target) if node.op == "call_function" else None
-        if found is None or torch.Tag.nondeterministic_seeded in found.tags:
-            return None
-        if found._schema.is_mutable and found is not torch.ops.aten.detach_.default:
+        found = overload(node.target) if node in self._fixed else None
+        if found is None:
             return None
         values = {source: self.get(source) for source in node.all_input_nodes}
-        if not values or any(value is None for value in values.values()):
-            return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
         result = found(*args, **kwargs)
         return result.detach() if isinstance(result, Tensor) else None
+
+    @functools.cached_property
+    def _fixed(self) -> frozenset[fx.Node]:
+        """Nodes that compute the same in every run, as the graph was when this was first asked.
+
+        Found in one sweep: asking node by node would walk a branching graph once for every path through it.
+        """
+        fixed: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node in self.written:
+                continue
+            if self.key(node) is not None:
+                if isinstance(self._stored(node), Tensor):
+                    fixed.add(node)
+            elif _is_pure(node) and node.all_input_nodes and fixed.issuperset(node.all_input_nodes):
+                fixed.add(node)
+        return frozenset(fixed)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    found = overload(node.target) if node.op == "call_function" else None
+    if found is None or torch.Tag.nondeterministic_seeded in found.tags:
+        return False
+    return not found._schema.is_mutable or found is torch.ops.aten.detach_.default
 
 
 class ModuleConstants(Constants):
