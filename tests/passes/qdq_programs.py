@@ -20,6 +20,9 @@ from torch.export import ExportedProgram
 from qbench.graph.dialect import overload
 from qbench.graph.qdq import quantized_decomposed
 
+# Once, outside the models: torch.cond traces their code.
+OPS = quantized_decomposed()
+
 S_IN = 0.0213
 Z_IN = 7
 INPUT = (S_IN, Z_IN, -128, 127, torch.int8)
@@ -27,8 +30,7 @@ OUTPUT = (0.11, -3, -128, 127, torch.int8)
 
 
 def fake_quantize(x: Tensor, args: tuple = INPUT) -> Tensor:
-    ops = quantized_decomposed()
-    return ops.dequantize_per_tensor.default(ops.quantize_per_tensor.default(x, *args), *args)
+    return OPS.dequantize_per_tensor.default(OPS.quantize_per_tensor.default(x, *args), *args)
 
 
 class Weight(nn.Module):
@@ -44,10 +46,9 @@ class Weight(nn.Module):
         self.literal = float(self.scales[0])
 
     def forward(self) -> Tensor:
-        ops = quantized_decomposed()
         if self.axis is None:
-            return ops.dequantize_per_tensor.default(self.codes, self.literal, 0, -127, 127, torch.int8)
-        return ops.dequantize_per_channel.default(
+            return OPS.dequantize_per_tensor.default(self.codes, self.literal, 0, -127, 127, torch.int8)
+        return OPS.dequantize_per_channel.default(
             self.codes, self.scales, self.zero_points, self.axis, -127, 127, torch.int8
         )
 
