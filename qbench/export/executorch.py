@@ -90,10 +90,21 @@ class ExecutorchReport:
 
 #: Operators that compute no value.
 _MOVES = frozenset(
-    f"aten.{name}"
-    for name in "view_copy permute_copy squeeze_copy unsqueeze_copy expand_copy clone slice_copy select_copy sym_size "
-    "alias_copy".split()
-) | {"dim_order_ops._clone_dim_order", "dim_order_ops._to_dim_order_copy"}
+    {
+        "aten.alias_copy",
+        "aten.clone",
+        "aten.expand_copy",
+        "aten.permute_copy",
+        "aten.select_copy",
+        "aten.slice_copy",
+        "aten.squeeze_copy",
+        "aten.sym_size",
+        "aten.unsqueeze_copy",
+        "aten.view_copy",
+        "dim_order_ops._clone_dim_order",
+        "dim_order_ops._to_dim_order_copy",
+    }
+)
 _ACTIVATIONS = frozenset({"aten.relu", "aten.hardtanh", "aten.clamp"})
 
 
@@ -128,8 +139,8 @@ def _check_float_bias(program: ExportedProgram) -> None:
         bias = graphs.bias_of(node)
         if bias is not None and graphs.is_any_dequantize(bias):
             raise ExportError(
-                f"the bias of {node.name} is stored in int32 and XNNPACK takes float biases only: give the program that "
-                "convert returned to to_executorch, and run passes.quantize_bias on another copy"
+                f"the bias of {node.name} is stored in int32 and XNNPACK takes float biases only: give the program "
+                "that convert returned to to_executorch, and run passes.quantize_bias on another copy"
             )
 
 
@@ -149,8 +160,8 @@ def _lower(program: ExportedProgram) -> Any:
 def _one_kernel_for_every_batch() -> Iterator[None]:
     """Keep a dynamic batch dynamic while fake convolutions run.
 
-    PyTorch's choice of a kernel asks whether the batch is below 16 (for NNPACK, and for oneDNN with one thread), and the
-    answer for the example's batch would bound every batch by 15. What is switched off is not asked about.
+    PyTorch's choice of a kernel asks whether the batch is below 16 (for NNPACK, and for oneDNN with one thread), and
+    the answer for the example's batch would bound every batch by 15. What is switched off is not asked about.
     """
     with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
         yield
@@ -207,7 +218,12 @@ def _is_quantized(node: fx.Node) -> bool:
     from executorch.backends.xnnpack.utils.quant_utils import is_tagged_as_implicit_q_dq
 
     source = node.args[0] if node.args else None
-    if _op_name(node) in _ACTIVATIONS and isinstance(source, fx.Node) and source.op == "call_function" and not _is_qdq(source):
+    if (
+        _op_name(node) in _ACTIVATIONS
+        and isinstance(source, fx.Node)
+        and source.op == "call_function"
+        and not _is_qdq(source)
+    ):
         return _is_quantized(source)
     inputs = [source for source in node.all_input_nodes if source.op != "placeholder"]
     if not inputs or not all(_is_qdq(source) and is_tagged_as_implicit_q_dq(source) for source in inputs):

@@ -26,7 +26,9 @@ def check_destination(path: str | os.PathLike[str]) -> Path:
     if target.is_dir():
         raise ExportError(f"{target} is a folder; give the path of a file, such as {target / 'model'}")
     if not parent.exists():
-        raise ExportError(f"the folder of {target} does not exist; make it first: Path({str(parent)!r}).mkdir(parents=True)")
+        raise ExportError(
+            f"the folder of {target} does not exist; make it first: Path({str(parent)!r}).mkdir(parents=True)"
+        )
     if not parent.is_dir():
         raise ExportError(f"{parent} is not a folder, so {target} cannot be written; choose another path")
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -1,9 +1,9 @@
 """Rewrites of a Q/DQ graph that both exports need. None of them changes a value.
 
-    Q(x) = clamp(rne(x / s) + z, qmin, qmax)        D(c) = (c − z)·s
+Q(x) = clamp(rne(x / s) + z, qmin, qmax)        D(c) = (c − z)·s
 
-    on the grid     Q(D(c)) = c                      so a q–dq pair may stand wherever values lie on its grid
-    order           Q(max(x, a)) = max(Q(x), Q(a))   so a clamp may stand on either side of its quantize op
+on the grid     Q(D(c)) = c                      so a q–dq pair may stand wherever values lie on its grid
+order           Q(max(x, a)) = max(Q(x), Q(a))   so a clamp may stand on either side of its quantize op
 """
 
 from __future__ import annotations
@@ -140,8 +140,10 @@ def close_views(program: ExportedProgram) -> int:
     closed = 0
     for node in list(program.graph.nodes):
         dequantize = grid_source(node)
-        if not is_activation_dequantize(dequantize) or not isinstance(node.meta["val"], torch.Tensor):
+        if dequantize is None or not is_activation_dequantize(dequantize):
             continue
+        if not isinstance(node.meta["val"], torch.Tensor):
+            continue  # A split: each of its parts, a getitem, is closed.
         readers = [
             reader
             for reader in node.users
@@ -203,13 +205,13 @@ def _is_spatial_mean(node: fx.Node) -> bool:
     keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     if keep or not isinstance(dims, (list, tuple)) or rank < 3:
         return False
-    return sorted(dim % rank for dim in dims) == list(range(2, rank))  # type: ignore[operator]
+    return sorted(dim % rank for dim in dims) == list(range(2, rank))
 
 
 def shift_codes(program: ExportedProgram, dtype: torch.dtype) -> int:
-    """Store 8-bit codes between quantize and dequantize ops as `dtype`, int8 or uint8: int8 codes are uint8 codes − 128.
+    """Store 8-bit codes between quantize and dequantize ops as `dtype`: int8 codes are uint8 codes − 128.
 
-    Codes that something else reads (an output, say) keep their dtype. Returns how many quantize ops changed.
+    Codes that something else reads (an output, say) keep theirs. Returns how many quantize ops changed.
     """
     other, shift = {torch.uint8: (torch.int8, 128), torch.int8: (torch.uint8, -128)}[dtype]
     changed = 0

@@ -24,13 +24,16 @@ from qbench.errors import ExportError, require
 from qbench.export.files import atomic_path, check_destination
 from qbench.export.onnx_form import to_onnx_form
 from qbench.export.program import check_program, copy_program, output_names, quiet
+from qbench.passes import BiasReport, quantize_bias
 
 _EXTRA = "onnx"
 _PURPOSE = "write ONNX files"
 _FIRST_OPSET = 19
 
 #: Ops that move values and compute none: in float or not, they cannot differ.
-_MOVES = frozenset("Reshape Transpose Flatten Squeeze Unsqueeze Identity ReorderInput ReorderOutput".split())
+_MOVES = frozenset(
+    {"Flatten", "Identity", "ReorderInput", "ReorderOutput", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class FloatNode:
 
     Attributes:
         op: Its type in the optimized graph, `"Conv"`.
-        name: Its name, which starts with the path of the module that it came from, `"layer1.0.conv1/Conv"`.
+        name: Its name, which starts with the path of the module that it came from, `"layer1.0.conv1/Conv"`; the name of
+            its output where ONNX Runtime gave it none.
     """
 
     op: str
@@ -78,7 +82,7 @@ class OnnxReport:
     opset: int
     nodes: dict[str, int]
     runtime: OrtGraph
-    bias: Any = field(default=None, repr=False)
+    bias: BiasReport = field(repr=False)
 
     @property
     def float_nodes(self) -> tuple[FloatNode, ...]:
@@ -114,12 +118,15 @@ def to_onnx(
 
     Raises:
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-        ExportError: not a Q/DQ program; the path cannot be written; an op has no ONNX form; ONNX Runtime refuses the file.
+        ExportError: not a Q/DQ program; the path cannot be written; an op has no ONNX form; ONNX Runtime does not
+            load the file.
     """
     check_program(program, call="to_onnx(program, path)")
     target = check_destination(path)
     if opset < _FIRST_OPSET:
-        raise ExportError(f"opset {opset} is too old for the quantized file; use to_onnx(program, path, opset={_FIRST_OPSET})")
+        raise ExportError(
+            f"opset {opset} is too old for the quantized file; use to_onnx(program, path, opset={_FIRST_OPSET})"
+        )
     if weight_codes not in ("uint8", "int8"):
         raise ExportError(f"weight_codes={weight_codes!r} is unknown; use weight_codes='uint8' or weight_codes='int8'")
     for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -127,8 +134,9 @@ def to_onnx(
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     rewritten = copy_program(program)
-    bias_report = _quantize_bias(rewritten)
+    bias_report = quantize_bias(rewritten)
     model = _translate(to_onnx_form(rewritten), opset)
+    name_outputs(model, output_names(program))
     use_global_pools(model)
     store_weights(model, weight_codes)
     RemoveUnusedNodesPass()(model)
@@ -145,19 +153,11 @@ def to_onnx(
     )
 
 
-def _quantize_bias(program: ExportedProgram) -> Any:
-    from qbench.passes import quantize_bias
-
-    return quantize_bias(program)
-
-
 def _translate(program: ExportedProgram, opset: int) -> Any:
     """The program as an `onnx_ir.Model`."""
     try:
         with quiet():
-            exported = torch.onnx.export(
-                program, dynamo=True, opset_version=opset, verbose=False, output_names=output_names(program)
-            )
+            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:  # The exporter raises whatever its translations raise.
         raise ExportError(f"torch.onnx could not translate the program to opset {opset}: {error}") from error
     if exported is None:  # pragma: no cover - only when a file name is given
@@ -208,6 +208,18 @@ def _reduces_the_plane(node: Any) -> bool:
         return False
     rank = len(source.shape)
     return rank > 2 and sorted(int(axis) % rank for axis in axes.numpy().ravel()) == list(range(2, rank))
+
+
+def name_outputs(model: Any, names: list[str]) -> None:
+    """Name the outputs of an `onnx_ir.Model`; values inside that had such a name get another one."""
+    graph = model.graph
+    inside = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for value in inside:
+        if value.name in names:
+            value.name = f"{value.name}_inside"
+    for value, name in zip(graph.outputs, names, strict=True):
+        if value not in graph.inputs:
+            value.name = name
 
 
 def name_nodes(model: Any) -> None:
@@ -308,7 +320,7 @@ def _float_nodes(graph: Any) -> tuple[FloatNode, ...]:
         if (reads_float and node.op_type != "QuantizeLinear") or _returns_float(node):
             floats |= set(node.output)
         if reads_float and node.op_type != "QuantizeLinear" and node.op_type not in _MOVES:
-            found.append(FloatNode(node.op_type, node.name))
+            found.append(FloatNode(node.op_type, node.name or node.output[0]))
     return tuple(found)
 
 

@@ -1,11 +1,11 @@
 """The form of a Q/DQ program that ONNX Runtime fuses to integer kernels. No rewrite changes a value.
 
-    codes       uint8 codes are int8 codes + 128, and so is the zero point: D stays. (Codes that two ops read stay int8
-                in ONNX Runtime's own conversion, and its convolutions with int8 activations stay in float on x64.)
-    clamp       Q(clamp(x, a, b)) = clip(Q(x), Q(a), Q(b)): the op is followed by its quantize op directly, and a clip
-                of codes remains only where the quantize op does not already saturate there
-    narrow      QuantizeLinear saturates to its 8-bit type: fewer bits need the same clip
-    linear      only Gemm on matrices has an integer kernel with a bias: (…, in) → (rows, in) → Gemm → (…, out)
+codes       uint8 codes are int8 codes + 128, and so is the zero point: D stays. (Codes that two ops read stay int8
+            in ONNX Runtime's own conversion, and its convolutions with int8 activations stay in float on x64.)
+clamp       Q(clamp(x, a, b)) = clip(Q(x), Q(a), Q(b)): the op is followed by its quantize op directly, and a clip
+            of codes remains only where the quantize op does not already saturate there
+narrow      QuantizeLinear saturates to its 8-bit type: fewer bits need the same clip
+linear      only Gemm on matrices has an integer kernel with a bias: (…, in) → (rows, in) → Gemm → (…, out)
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def flatten_linears(program: ExportedProgram) -> int:
         lead, channels = list(node.meta["val"].shape[:-1]), node.meta["val"].shape[-1]
         if sum(not isinstance(size, int) for size in lead) > 1:
             continue  # Two unknown sizes: a view can infer only one of them. The report shows what stays in float.
-        rows = graphs.insert_after(node.args[0], aten.view.default, (node.args[0], [-1, node.args[0].meta["val"].shape[-1]]))
+        rows = graphs.insert_after(
+            node.args[0], aten.reshape.default, (node.args[0], [-1, node.args[0].meta["val"].shape[-1]])
+        )
         node.replace_input_with(node.args[0], rows)
         for tail in _tails(node):
             shape = [size if isinstance(size, int) else -1 for size in lead] + [channels]
-            graphs.replace_everywhere(program, tail, graphs.insert_after(tail, aten.view.default, (tail, shape)))
+            graphs.replace_everywhere(program, tail, graphs.insert_after(tail, aten.reshape.default, (tail, shape)))
         rewritten += 1
     return rewritten
 

@@ -28,9 +28,13 @@ def check_program(program: object, *, call: str) -> ExportedProgram:
     """
     way_out = f"program = qbench.convert(qat_model, example_inputs), then qbench.export.{call}"
     if not isinstance(program, ExportedProgram):
-        raise ExportError(f"expected the torch.export.ExportedProgram of a converted model, got {_describe(program)}: {way_out}")
+        raise ExportError(
+            f"expected the torch.export.ExportedProgram of a converted model, got {_describe(program)}: {way_out}"
+        )
     if not any(graphs.is_quantize(node) or graphs.is_dequantize(node) for node in program.graph.nodes):
-        raise ExportError(f"this program holds no quantize or dequantize op, so it is a float model; convert it first: {way_out}")
+        raise ExportError(
+            f"this program holds no quantize or dequantize op, so it is a float model; convert it first: {way_out}"
+        )
     return program
 
 

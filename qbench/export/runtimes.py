@@ -31,7 +31,7 @@ from qbench.graph.qdq import quantized_decomposed
 Batch = list[np.ndarray]
 
 _STDERR_LINES = 20
-#: CPU features that decide which integer kernels run: without VNNI some saturate (see `qbench.export.onnx.open_session`).
+#: CPU features that decide which integer kernels run: without VNNI some saturate (`qbench.export.onnx.open_session`).
 _CPU_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni")
 
 
@@ -119,12 +119,14 @@ def run_executorch(path: Path, batches: Sequence[Batch], threads: int) -> list[B
     with quiet():
         runtime = require("executorch.runtime", extra="executorch", purpose="run ExecuTorch files")
         from executorch.extension.pybindings import portable_lib
-    portable_lib._unsafe_reset_threadpool(threads)
+    if portable_lib._threadpool_get_thread_count() != threads:
+        portable_lib._unsafe_reset_threadpool(threads)
     outputs = []
     method, shapes = None, ""
     for batch in batches:
         if method is None or shapes != _shapes(batch):
-            # A method that has run a small batch gives wrong values for a larger one (XNNPACK in ExecuTorch 1.5.1).
+            # A method of several delegates that has run a small batch gives wrong values for a larger one
+            # (ExecuTorch 1.5.1; a file with one delegate is right).
             method, shapes = _load_method(runtime, path), _shapes(batch)
         try:
             values = method.execute([torch.from_numpy(np.ascontiguousarray(array)) for array in batch])
@@ -149,21 +151,26 @@ def run_pt2(path: Path, batches: Sequence[Batch], threads: int) -> list[Batch]:
         ExportError: the file does not load, or not with these inputs.
     """
     quantized_decomposed()
-    torch.set_num_threads(threads)
     try:
         with quiet():
             module = torch.export.load(path).module()
     except Exception as error:  # torch.export raises whatever the archive's reader raises.
         raise ExportError(f"torch.export.load does not read {path}: {error}") from error
-    outputs = []
-    for batch in batches:
-        try:
-            with torch.no_grad():
-                values = pytree.tree_leaves(module(*(torch.from_numpy(array) for array in batch)))
-        except Exception as error:
-            raise ExportError(f"the program {path} does not run on {_shapes(batch)}: {error}") from error
-        outputs.append([value.detach().numpy().copy() for value in values])
-    return outputs
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return [_run_module(module, batch, path) for batch in batches]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_module(module: torch.nn.Module, batch: Batch, path: Path) -> Batch:
+    try:
+        with torch.no_grad():
+            values = pytree.tree_leaves(module(*(torch.from_numpy(array) for array in batch)))
+    except Exception as error:  # Its guards raise AssertionError, its ops RuntimeError and others.
+        raise ExportError(f"the program {path} does not run on {_shapes(batch)}: {error}") from error
+    return [value.numpy().copy() for value in values]
 
 
 def _shapes(batch: Batch) -> str:
@@ -254,11 +261,12 @@ def _run_worker(kind: str, path: str | os.PathLike[str], batches: Iterable[Seque
 
 def _start_worker(folder: Path, threads: int, *, what: str) -> None:
     root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+    given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *given]), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [sys.executable, "-m", "qbench.export.worker", str(folder)],
         env=environment,
+        cwd=folder,  # Python looks for modules in the current folder first, and the user's may hold anything.
         capture_output=True,
         text=True,
         errors="replace",

@@ -1,17 +1,18 @@
 """The form of a Q/DQ program that XNNPACK takes as quantized. No rewrite changes a value.
 
-    codes       XNNPACK's activations are int8: uint8 codes are shifted by −128, and so is the zero point
-    clamp       it fuses ReLU with every arithmetic op, hardtanh with convolutions and linears only. Any other clamp:
-                Q(clamp(x, a, b)) = Q(clamp(D(Q(x)), a, b)), so the op gets a quantize op of its own before the clamp
-    narrow      it saturates to int8, whatever range a quantize op names: fewer bits are a clamp to that range's reals
-    branches    ops that share a dequantize op are put into one group, and a group that something leaves and enters again
-                (a residual block) splits the delegate: each reader gets a dequantize op of its own
-    weights     a weight range of [−8, 7] would be read as packed 4-bit codes; the codes are stored in int8
+codes       XNNPACK's activations are int8: uint8 codes are shifted by −128, and so is the zero point
+clamp       it fuses ReLU with every arithmetic op, hardtanh with convolutions and linears only. Any other clamp:
+            Q(clamp(x, a, b)) = Q(clamp(D(Q(x)), a, b)), so the op gets a quantize op of its own before the clamp
+narrow      it saturates to int8, whatever range a quantize op names: fewer bits are a clamp to that range's reals
+branches    ops that share a dequantize op are put into one group, and a group that something leaves and enters again
+            (a residual block) splits the delegate: each reader gets a dequantize op of its own
+weights     a weight range of [−8, 7] would be read as packed 4-bit codes; the codes are stored in int8
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import fx
@@ -54,7 +55,7 @@ def clamp_before_quantize(program: ExportedProgram) -> int:
         anchor = source if fuses else _requantize(node, source)
         clamp = graphs.insert_after(anchor, aten.hardtanh.default, (anchor, low, high))
         node.args = (clamp, *node.args[1:3], *extremes, node.args[5])
-        for reader in filter(graphs.is_dequantize, node.users):
+        for reader in list(filter(graphs.is_dequantize, node.users)):
             reader.args = (node, *node.args[1:])
         rewritten += 1
     return rewritten
@@ -62,10 +63,9 @@ def clamp_before_quantize(program: ExportedProgram) -> int:
 
 def _bounds_on_grid(quantize: fx.Node, bounds: tuple[float, float]) -> tuple[float, float]:
     """The bounds as reals on the grid of `quantize`, inside its range: the same codes, and finite."""
-    scale, zero_point = quantize.args[1:3]
+    scale, zero_point = cast("tuple[float, int]", quantize.args[1:3])
     codes = [int(quantize.target(torch.tensor(bound), *quantize.args[1:])) for bound in bounds]  # type: ignore[operator]
-    low, high = ((code - zero_point) * scale for code in codes)  # type: ignore[operator]
-    return low, high
+    return (codes[0] - zero_point) * scale, (codes[1] - zero_point) * scale
 
 
 def _requantize(quantize: fx.Node, source: fx.Node) -> fx.Node:
