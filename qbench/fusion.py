@@ -82,6 +82,9 @@ class FusedGraph(fx.GraphModule):
     """A module whose forward became a graph; it keeps every submodule, parameter and attribute, called or not."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str) -> None:
+        for node in graph.nodes:
+            # Where the root is a graph, torch.export would believe this path, which ends at the leaf of the trace.
+            node.meta.pop("nn_module_stack", None)
         super().__init__(root, graph, class_name)
         _copy_contents(root, self)
 
