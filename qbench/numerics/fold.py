@@ -79,7 +79,8 @@ class BatchNormTensors:
 
 def fold_factor(bn: BatchNormTensors) -> Tensor:
     """`k = γ / sqrt(σ² + ε)`, (out,)."""
-    deviation = torch.sqrt(bn.var + bn.eps)
+    # float32 square roots differ by a bit between MKL, compiled code and GPUs, and so would the codes.
+    deviation = torch.sqrt(bn.var.double() + bn.eps).to(bn.var.dtype)
     return 1.0 / deviation if bn.gamma is None else bn.gamma / deviation
 
 
