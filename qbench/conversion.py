@@ -1,9 +1,9 @@
 """QAT → Q/DQ program: every QAT module becomes its deployed form, and the model is exported.
 
-The program is a `torch.export.ExportedProgram` of aten and `quantized_decomposed` operators with the user's inputs and outputs.
-Every quantized operation has a dequantize directly at each input and a quantize at its output; weights are integer codes; each
-bias is a float32 tensor that lies on its grid, which a runtime's own rounding recovers (docs/equations.md) and
-`qbench.passes.quantize_bias` turns into int32 codes.
+The program is a `torch.export.ExportedProgram` of aten and `quantized_decomposed` operators with the user's inputs and
+outputs. Every quantized operation has a dequantize directly at each input and a quantize at its output; weights are
+integer codes; each bias is a float32 tensor that lies on its grid, which a runtime's own rounding recovers
+(docs/equations.md) and `qbench.passes.quantize_bias` turns into int32 codes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def convert(
         The program; `program.graph_module.meta["custom"]["qbench"]` holds the target's name.
 
     Raises:
-        ConversionError: the model was not prepared, cannot be exported (a branch that depends on data), or a layer does not fit
+        ConversionError: the model was not prepared, cannot be exported (a branch that depends on data), or a layer
+            does not fit
             its accumulator.
         LinkError: a layer does not know the quantizer of its input.
         NumericsError: a quantizer has seen no data, a value is NaN or infinite, a bias does not fit.
@@ -56,7 +57,8 @@ def convert(
     modules = dict(quantized_modules(model))
     if not modules:
         raise ConversionError(
-            f"convert: {type(model).__name__} has no QAT module; convert(qbench.prepare_qat(model, ...), inputs) after training"
+            f"convert: {type(model).__name__} has no QAT module; convert(qbench.prepare_qat(model, ...), inputs) "
+            "after training"
         )
     found = _target(modules, target)
     for path, module in modules.items():
@@ -76,7 +78,8 @@ def _target(modules: dict[str, QatModule], target: str | targets.Target | None) 
     found = {module.qconfig.deployment.name: module.qconfig.deployment for module in modules.values()}
     if len(found) > 1:
         raise ConversionError(
-            f"convert: parts of the model are for different targets ({', '.join(found)}); say which: convert(..., target=...)"
+            f"convert: parts of the model are for different targets ({', '.join(found)}); say which: convert(..., "
+            "target=...)"
         )
     return next(iter(found.values()))
 
@@ -86,7 +89,8 @@ def _check_module(path: str, module: QatModule, target: targets.Target) -> None:
     try:
         if module.sources is None:
             raise LinkError(
-                "the quantizer of its input is not known: no recorded forward reached it. Give prepare_qat example_inputs that "
+                "the quantizer of its input is not known: no recorded forward reached it. Give prepare_qat "
+                "example_inputs that "
                 "do, one tuple per path of control flow"
             )
         disabled = [q for q in module.modules() if isinstance(q, FakeQuantize) and not q.fake_quant_enabled]
@@ -117,7 +121,8 @@ def _check_accumulator(layer: QatLayer, target: targets.Target) -> None:
     if bool(bad.any()):
         channel = int(bad.nonzero()[0])
         raise ConversionError(
-            f"output channel {channel} can reach |accumulator| = {int(bound[channel])}, more than the {target.accumulator_bits} "
+            f"output channel {channel} can reach |accumulator| = {int(bound[channel])}, more than the "
+            f"{target.accumulator_bits} "
             f"bits of target {target.name}; fewer weight or activation bits fit: get_qconfig(weight_bits=4)"
         )
 
@@ -154,7 +159,8 @@ def _export(
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         way_out = (
-            "a branch that depends on the values of a tensor cannot be deployed as it is: export one path (a module whose forward "
+            "a branch that depends on the values of a tensor cannot be deployed as it is: export one path (a module "
+            "whose forward "
             "takes it), or write the branch with torch.cond"
             if _is_data_dependent(error)
             else "torch.export.export(model.eval(), example_inputs, strict=False) of the float model must work first"

@@ -76,7 +76,8 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+        # Only the package itself: a submodule that a present package lacks is a broken install, not a missing one.
+        if error.name != module.split(".")[0]:
             raise
         raise MissingDependencyError(
             f"{module.split('.')[0]} is needed to {purpose} and is not installed: pip install 'qbench[{extra}]'"

@@ -1,9 +1,10 @@
 """float → fused: chains of modules become wrappers, functional operations become modules.
 
-Each module's own `forward` is traced alone, with all its submodules as leaves. Where only modules of their own are fused, the
-wrapper takes the place of the first and `Identity` that of the others: the class, its methods and its control flow stay. Only
-where a functional operation or a reused activation is replaced does that one `forward` become a graph. A `forward` that cannot
-be traced, or that differs between training and eval, is left as it is; its submodules are treated all the same.
+Each module's own `forward` is traced alone, with all its submodules as leaves. Where only modules of their own are
+fused, the wrapper takes the place of the first and `Identity` that of the others: the class, its methods and its
+control flow stay. Only where a functional operation or a reused activation is replaced does that one `forward` become
+a graph. A `forward` that cannot be traced, or that differs between training and eval, is left as it is; its submodules
+are treated all the same.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qbench.nn.qat.body import QatModule
 
 # Where the reasons of a fused model are kept, for the report that `prepare_qat` makes.
 NOTES = "_qbench_fusion_notes"
+_MODES_DIFFER = "its forward differs between training and eval, so functional operations were left as they are"
 
 
 def fuse(model: nn.Module, *, example_inputs: tuple[Any, ...] | None = None) -> nn.Module:
@@ -70,7 +72,8 @@ def fuse_modules(
         FusionError: a path does not exist, no pattern has this chain, or a BatchNorm cannot be folded.
     """
     model = model if inplace else copy.deepcopy(model)
-    chains = [modules_to_fuse] if modules_to_fuse and isinstance(modules_to_fuse[0], str) else modules_to_fuse
+    one = bool(modules_to_fuse) and isinstance(modules_to_fuse[0], str)
+    chains: Any = [modules_to_fuse] if one else modules_to_fuse
     for chain in chains:
         names = [str(name) for name in chain]
         parts = tuple(_submodule(model, name) for name in names)
@@ -96,7 +99,7 @@ class FusedGraph(fx.GraphModule):
         graph._codegen = copy.deepcopy(self.graph._codegen, memo)
         output = graph.graph_copy(self.graph, val_map={}, return_output_node=True)
         if output is not None:
-            graph.output(output[0])
+            graph.output(output[0])  # type: ignore[index]
         copied = FusedGraph(carrier, graph, type(self).__name__)
         memo[id(self)] = copied
         return copied
@@ -163,7 +166,8 @@ def _fuse_one(module: nn.Module, path: str, places: Counter[int], notes: dict[st
         graph, same = _trace(module)
     except Exception as error:
         # Any exception of the user's own code may come out of tracing; the module is left as it is, and that is noted.
-        notes[path] = f"its forward cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        reason = next(iter(str(error).splitlines()), "")
+        notes[path] = f"its forward cannot be traced ({type(error).__name__}: {reason})"
         return module
     calls = Counter(id(_target(module, node)) for node in graph.nodes if node.op == "call_module")
     editor = _Editor(module, graph, path)
@@ -177,13 +181,13 @@ def _fuse_one(module: nn.Module, path: str, places: Counter[int], notes: dict[st
         if last_is_own:
             editor.install(chain)
         elif not same:
-            notes[path] = "its forward differs between training and eval, so functional operations were left as they are"
+            notes[path] = _MODES_DIFFER
         elif not any(True for _ in parts[-1].parameters()):
             editor.absorb(chain)
     if same:
         editor.replace_operations()
     elif any(_operation(module, node) for node in graph.nodes):
-        notes[path] = "its forward differs between training and eval, so functional operations were left as they are"
+        notes[path] = _MODES_DIFFER
     return editor.finish()
 
 
@@ -339,6 +343,8 @@ def _operation(module: nn.Module, node: fx.Node) -> tuple[nn.Module, tuple[fx.No
         return None
     made = mappings.TENSOR_OPS[target]()
     user = next(iter(node.users)) if len(node.users) == 1 else None
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
     if isinstance(made, ops.Add) and user is not None and isinstance(_as_module(module, user), nn.ReLU):
         return ops.AddReLU(), (left, right), user
     return made, (left, right), node
@@ -356,7 +362,8 @@ def _mutation_is_unseen(node: fx.Node) -> bool:
 
 
 _SIZE_CALLS = ("size", "dim", "numel", "shape", "ndim", "ndimension")
-_ARITHMETIC = (operator.add, operator.mul, operator.sub, operator.floordiv, operator.truediv, operator.getitem, int, len)
+_ARITHMETIC = (operator.add, operator.mul, operator.sub, operator.floordiv, operator.truediv, operator.getitem, int,
+len)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -400,7 +407,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 def _compare_outputs(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> None:
     first, second = (_eval_outputs(model, inputs) for model in (before, after))
-    if len(first) != len(second) or not all(torch.equal(a, b) for a, b in zip(first, second)):
+    if len(first) != len(second) or not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         raise FusionError(
             "fuse changed the output of the model on example_inputs; please report this model. fuse_modules with the "
             "chains that you know to be right works"

@@ -1,12 +1,13 @@
 """Links: which quantizer produced the input of each QAT module, found by recording a forward.
 
-A tensor that a quantizer puts out is followed through operators that keep its grid (`graph.scale_preserving`). Producers that
-meet at one input — branches of Python control flow, pyramid levels, the inputs of a concat — become one shared quantizer,
-because hardware has one `s_in` there. An input that no quantizer produced gets a quantizer at its consumer.
+A tensor that a quantizer puts out is followed through operators that keep its grid (`graph.scale_preserving`).
+Producers that meet at one input — branches of Python control flow, pyramid levels, the inputs of a concat — become one
+shared quantizer, because hardware has one `s_in` there. An input that no quantizer produced gets a quantizer at its
+consumer.
 
-Three traps: a tensor must be kept alive by the key that stands for it (ids are reused), so keys are weak tensor references; a
-tag is void when the tensor was written to since (`_version`), or writes through a view would give wrong links; so recording
-needs version counters and runs under no_grad, not inference_mode.
+Three traps: a tensor must be kept alive by the key that stands for it (ids are reused), so keys are weak tensor
+references; a tag is void when the tensor was written to since (`_version`), or writes through a view would give wrong
+links; so recording needs version counters and runs under no_grad, not inference_mode.
 """
 
 from __future__ import annotations
@@ -130,12 +131,12 @@ def _record(
 ) -> None:
     recorder = _Recorder()
 
-    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def before(module: Any, inputs: tuple[Any, ...]) -> None:
         for index, tensor in enumerate(t for t in inputs if isinstance(t, Tensor)):
-            links.add(module, index, recorder.producer_or_source(tensor, "an input of the model, or made in float"))  # type: ignore[arg-type]
+            links.add(module, index, recorder.producer_or_source(tensor, "an input of the model, or made in float"))
 
-    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        recorder.tag(output, module)  # type: ignore[arg-type]
+    def after(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        recorder.tag(output, module)
 
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -265,7 +266,8 @@ def _merge(
         if len(specs) > 1:
             listed = "; ".join(f"{name} has {spec}" for spec, name in specs.items())
             raise LinkError(
-                f"quantizers must become one because {groups.reasons.get(root, 'they meet')}, but they differ: {listed}. Give "
+                f"quantizers must become one because {groups.reasons.get(root, 'they meet')}, but they differ: "
+                f"{listed}. Give "
                 "these modules the same qconfig"
             )
         for _, module in owners:

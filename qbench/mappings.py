@@ -1,7 +1,7 @@
 """The one place where a QAT class, a pattern or a functional operation is added.
 
-`QAT_CLASSES` is an explicit tuple. A QAT class whose `float_type` is a wrapper (`qbench.nn.intrinsic.Fused`) is also a pattern:
-its `part_types` are the chain that `fuse` looks for, the longest chain first.
+`QAT_CLASSES` is an explicit tuple. A QAT class whose `float_type` is a wrapper (`qbench.nn.intrinsic.Fused`) is also a
+pattern: its `part_types` are the chain that `fuse` looks for, the longest chain first.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def register_pattern(qat_class: type[QatModule]) -> type[QatModule]:
     """
     if not (isinstance(qat_class, type) and issubclass(qat_class, QatModule)):
         raise ConfigError(
-            f"register_pattern({qat_class!r}): expected a QAT class, such as a subclass of qbench.nn.intrinsic.qat.ConvBn2d"
+            f"register_pattern({qat_class!r}): expected a QAT class, such as a subclass of "
+            "qbench.nn.intrinsic.qat.ConvBn2d"
         )
     float_type = qat_class.__dict__.get("float_type")
     if float_type is None:
@@ -121,7 +122,8 @@ def register_pattern(qat_class: type[QatModule]) -> type[QatModule]:
     for known in qat_classes():
         if known is not qat_class and _chains(known) & _chains(qat_class):
             raise ConfigError(
-                f"register_pattern({qat_class.__name__}): {known.__name__} already handles {known.float_type.__name__}; to use "
+                f"register_pattern({qat_class.__name__}): {known.__name__} already handles "
+                f"{known.float_type.__name__}; to use "
                 f"another class for it in one model, prepare_qat(model, mapping={{{known.float_type.__name__}: "
                 f"{qat_class.__name__}}})"
             )
@@ -153,13 +155,14 @@ def wrapper_of(parts: tuple[nn.Module, ...]) -> type[Fused]:
     """
     for wrapper in wrappers():
         if len(wrapper.part_types) == len(parts) and all(
-            type(part) in as_types(wanted) for part, wanted in zip(parts, wrapper.part_types)
+            type(part) in as_types(wanted) for part, wanted in zip(parts, wrapper.part_types, strict=True)
         ):
             return wrapper
     given = ", ".join(type(part).__name__ for part in parts)
     alike = [w.describe() for w in wrappers() if type(parts[0]) in as_types(w.part_types[0])] if parts else []
     raise FusionError(
-        f"no pattern is ({given}); patterns that start alike: {'; '.join(alike) or 'none'}. A new one is class data and "
+        f"no pattern is ({given}); patterns that start alike: {'; '.join(alike) or 'none'}. A new one is class data "
+        "and "
         "qbench.register_pattern, see docs/patterns.md"
     )
 

@@ -32,8 +32,8 @@ def prepare_qat(
 ) -> nn.Module:
     """Swap float modules for QAT modules and find out which quantizer each of them gets its input from.
 
-    Argument order is that of `torch.ao.quantization.prepare_qat`. A module's `qconfig` attribute holds for it and what is
-    below it; `qconfig = None` leaves that part in float.
+    Argument order is that of `torch.ao.quantization.prepare_qat`. A module's `qconfig` attribute holds for it and what
+    is below it; `qconfig = None` leaves that part in float.
 
     Args:
         model: A float model, fused or not; hooks, Python control flow and the names of its weights stay.
@@ -61,7 +61,8 @@ def prepare_qat(
         model.qconfig = qconfig  # type: ignore[assignment]
     if not any(isinstance(m.__dict__.get("qconfig"), QConfig) for m in model.modules()):
         raise PreparationError(
-            "prepare_qat: neither the model nor any of its modules has a qconfig; set model.qconfig = qbench.get_qconfig() or "
+            "prepare_qat: neither the model nor any of its modules has a qconfig; set model.qconfig = "
+            "qbench.get_qconfig() or "
             "pass qconfig="
         )
     known = {**mappings.default_mapping(), **_checked_mapping(mapping)}
@@ -81,7 +82,8 @@ def prepare_qat(
         _link(model, calls)
     elif any(isinstance(m, FakeQuantize) and m.learned for m in model.modules()):
         raise LinkError(
-            "prepare_qat: learned quantizers need example_inputs, as quantizers (and their parameters) may merge when links "
+            "prepare_qat: learned quantizers need example_inputs, as quantizers (and their parameters) may merge when "
+            "links "
             "are recorded, after the optimizer was made: prepare_qat(model, qconfig=..., example_inputs=(x,))"
         )
     else:
@@ -98,7 +100,8 @@ def preparation_report(model: nn.Module) -> PreparationReport:
     report = model.__dict__.get(_REPORT)
     if report is None:
         raise PreparationError(
-            f"{type(model).__name__} was not made by prepare_qat; preparation_report(qbench.prepare_qat(model, ...)) works"
+            f"{type(model).__name__} was not made by prepare_qat; preparation_report(qbench.prepare_qat(model, ...)) "
+            "works"
         )
     return report
 
@@ -127,11 +130,12 @@ def _link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any
 
 def _as_calls(examples: Examples) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     several = isinstance(examples, list)
-    tuples = examples if several else [examples]
+    tuples: Sequence[Any] = examples if several else [examples]
     if not tuples or not all(isinstance(example, tuple) for example in tuples):
         given = "a tensor" if isinstance(examples, Tensor) else repr(type(examples).__name__)
         raise ConfigError(
-            f"example_inputs: got {given}, expected a tuple of the model's inputs, example_inputs=(x,), or a list of such tuples"
+            f"example_inputs: got {given}, expected a tuple of the model's inputs, example_inputs=(x,), or a list of "
+            "such tuples"
         )
     return [(example, {}) for example in tuples]
 
@@ -162,7 +166,8 @@ def _swap(
     qconfig = module.__dict__.get("qconfig", inherited)
     if qconfig is not None and not isinstance(qconfig, QConfig):
         raise PreparationError(
-            f"{path or '(root)'}.qconfig is {type(qconfig).__module__}.{type(qconfig).__name__}; expected a qbench.QConfig: "
+            f"{path or '(root)'}.qconfig is {type(qconfig).__module__}.{type(qconfig).__name__}; expected a "
+            "qbench.QConfig: "
             "qbench.get_qconfig('onnxruntime')"
         )
     result = module
@@ -197,7 +202,7 @@ def _make_qat(module: nn.Module, path: str, qat_type: type[QatModule], qconfig: 
 
 
 def _move_hooks(module: nn.Module, qat: nn.Module) -> None:
-    """Hooks of the module, and of a wrapper's first (before) and last part (after), which no longer exist on their own."""
+    """Hooks of the module, and of a wrapper's first (before) and last part (after), which are not called any more."""
     holders = (module[0], module, module[-1]) if isinstance(module, Fused) else (module,)
     for holder in dict.fromkeys(holders):
         if holder is module or holder is holders[0]:

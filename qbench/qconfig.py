@@ -148,7 +148,8 @@ def _check_target(config: QConfig, target: targets.Target) -> None:
         if bits not in target.bits:
             near = min(target.bits, key=lambda width: abs(width - bits))
             raise ConfigError(
-                f"{role} of {bits} bits: target {target.name} has {_listed(target.bits)}; {role}_bits={near} is the nearest"
+                f"{role} of {bits} bits: target {target.name} has {_listed(target.bits)}; {role}_bits={near} is the "
+                "nearest"
             )
     if config.bias.bits not in target.bias_bits:
         near = min(target.bias_bits, key=lambda width: abs(width - config.bias.bits))

@@ -5,8 +5,8 @@
     program_vs_RUNTIME  codes of that program                     |  the exported file, run in a fresh process
 
 The sides share no code under test: the QAT model computes with `qbench.numerics`, the program with aten and
-`quantized_decomposed` operators, a runtime with its own kernels. A zero counts only where codes are varied, so how varied
-they were is part of the result.
+`quantized_decomposed` operators, a runtime with its own kernels. A zero counts only where codes are varied, so how
+varied they were is part of the result.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qbench.errors import MissingDependencyError, VerificationError
-from qbench.fake_quantize.bias import BiasSpec
 from qbench.export.runtimes import get_runtime, run_file, run_program
+from qbench.fake_quantize.bias import BiasSpec
 from qbench.graph.constants import Constants, constants_of
 from qbench.graph.layers import Layer, read_layer, weight_scales
 from qbench.graph.recognise import find_grid, is_dequantize
@@ -56,7 +56,8 @@ def verify(
         Counts of compared and different codes; `print` shows a table.
 
     Raises:
-        VerificationError: the model was not prepared, the inputs are not tuples of tensors, or the program is not of this model.
+        VerificationError: the model was not prepared, the inputs are not tuples of tensors, or the program is not of
+            this model.
         ExportError: a runtime refuses the file.
     """
     started = time.perf_counter()
@@ -65,7 +66,7 @@ def verify(
     for runtime in runtimes:
         get_runtime(runtime)
     if not layers:
-        raise VerificationError("verify: the model has no QAT layer; the first argument is the model that convert was given")
+        raise VerificationError("verify: the model has no QAT layer; its first argument is what convert was given")
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="qbench-verify-") as folder:
         saved = Path(folder) / "model.pt2"
@@ -167,14 +168,17 @@ def _as_batches(inputs: Inputs) -> list[tuple[Tensor, ...]]:
     for batch in batches:
         if not isinstance(batch, tuple) or not all(isinstance(value, Tensor) for value in batch):
             raise VerificationError(
-                f"verify: a batch is {type(batch).__name__}, expected a tuple of tensors: verify(model, program, [(x,), …])"
+                f"verify: a batch is {type(batch).__name__}, expected a tuple of tensors: verify(model, program, "
+                "[(x,), …])"
             )
     if not batches:
         raise VerificationError("verify: no inputs were given; a zero over no codes says nothing")
     return batches
 
 
-def _run_eval(model: nn.Module, batches: list[tuple[Tensor, ...]]) -> tuple[list[list[np.ndarray]], tuple[CodeSpread, ...]]:
+def _run_eval(
+    model: nn.Module, batches: list[tuple[Tensor, ...]]
+) -> tuple[list[list[np.ndarray]], tuple[CodeSpread, ...]]:
     """Outputs of the model in eval, and how varied the codes of each QAT module were."""
     counts: dict[str, list[Any]] = {}
 
@@ -214,7 +218,8 @@ def _difference(name: str, trained: Tensor, converted: Tensor | None) -> Compari
     if converted is None or converted.shape != trained.shape:
         shape = None if converted is None else tuple(converted.shape)
         raise VerificationError(
-            f"verify: {name} has shape {tuple(trained.shape)} in the model and {shape} in the program: it is not a program of "
+            f"verify: {name} has shape {tuple(trained.shape)} in the model and {shape} in the program: it is not a "
+            "program of "
             "this model as convert returned it"
         )
     steps = (trained.long() - converted.long()).abs()
@@ -225,11 +230,12 @@ def _pairs(
     first: list[list[np.ndarray]], second: list[list[np.ndarray]]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     for one, other in zip(first, second, strict=True):
-        if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other)):
+        if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
             raise VerificationError(
-                f"verify: outputs have shapes {[a.shape for a in one]} and {[b.shape for b in other]}; they must be equal"
+                f"verify: outputs have shapes {[a.shape for a in one]} and {[b.shape for b in other]}; they must be "
+                "equal"
             )
-        yield from ((i, a, b) for i, (a, b) in enumerate(zip(one, other)))
+        yield from ((i, a, b) for i, (a, b) in enumerate(zip(one, other, strict=True)))
 
 
 def _compare_values(name: str, first: list[list[np.ndarray]], second: list[list[np.ndarray]]) -> Comparison:

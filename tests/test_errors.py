@@ -111,7 +111,6 @@ def test_a_broken_module_in_a_package_that_is_there(
     assert not isinstance(caught.value, QBenchError)
 
 
-@pytest.mark.xfail(strict=True, reason="only the first part of the name is compared: pip would not help here")
 @pytest.mark.parametrize("text", ["import qbench_partial.gone", None])
 def test_a_package_without_one_of_its_own_modules_is_not_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None

@@ -64,8 +64,8 @@ class FakeQuantize(nn.Module):
     def scales_with_tensor(self) -> bool:
         """Whether codes stay the same when a channel is multiplied by a positive number.
 
-        True for symmetric per-channel min–max ranges of the tensor at hand, whose scale moves along. Then the codes of a
-        folded weight are those of the weight itself.
+        True for symmetric per-channel min–max ranges of the tensor at hand, whose scale moves along. Then the codes of
+        a folded weight are those of the weight itself.
         """
         spec = self.spec
         return self.observer.stateless and spec.symmetric and spec.axis is not None and not spec.power_of_two
@@ -95,8 +95,8 @@ class FakeQuantize(nn.Module):
     def snapshot(self) -> QParams:
         """The grid in use, as tensors of its own.
 
-        A quantizer that is used twice in one step (pyramid levels, a branch) observes in between; what backward saved of
-        the first use must not change.
+        A quantizer that is used twice in one step (pyramid levels, a branch) observes in between; what backward saved
+        of the first use must not change.
         """
         return QParams(
             self.scale.float().clone(), self.zero_point.clone(), self.spec.qmin, self.spec.qmax, self.spec.axis

@@ -121,7 +121,5 @@ def _dequantize_per_channel(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    codes = input.to(out_dtype or torch.float32)
-    if zero_points is not None:
-        codes = codes - along_axis(zero_points, axis, input.ndim)
-    return codes * along_axis(scales, axis, input.ndim)
+    codes = input if zero_points is None else input - along_axis(zero_points, axis, input.ndim)
+    return (codes * along_axis(scales, axis, input.ndim)).to(out_dtype or torch.float32)

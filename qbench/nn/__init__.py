@@ -1,4 +1,4 @@
-"""Modules: functional operations here; wrappers in `intrinsic`; QAT forms in `qat` and `intrinsic.qat`; deployed ones in `reference`."""
+"""Float modules for functional operations; wrappers, QAT forms and deployed forms in the packages below."""
 
 from qbench.nn.ops import Add, AddReLU, Cat, Mul
 

@@ -1,7 +1,7 @@
 """Functional operations as modules, so that they can own the quantizer of their output.
 
-`qbench.fuse` puts them where a model adds, multiplies or concatenates tensors; in a model with Python control flow they are
-written by hand: `self.add = qbench.nn.Add()`, then `self.add(x, y)` for `x + y`.
+`qbench.fuse` puts them where a model adds, multiplies or concatenates tensors; in a model with Python control flow
+they are written by hand: `self.add = qbench.nn.Add()`, then `self.add(x, y)` for `x + y`.
 """
 
 from __future__ import annotations

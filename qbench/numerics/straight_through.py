@@ -3,8 +3,8 @@
     forward    the exact value on the grid, bit for bit
     backward   ∂/∂x round(x) = 1;  a clipped value has gradient 0
 
-With a scale `s` that is learned, and the rounding residual `r = round(x/s) − x/s` held constant (LSQ, Esser et al. 2020,
-equation 3): ∂(s·round(x/s))/∂s = r inside the range, and the bound that was reached outside it.
+With a scale `s` that is learned, and the rounding residual `r = round(x/s) − x/s` held constant (LSQ, Esser et al.
+2020, equation 3): ∂(s·round(x/s))/∂s = r inside the range, and the bound that was reached outside it.
 
 An expression such as `x + (q − x).detach()` has these gradients too but not the bits: the sum rounds once more.
 """
@@ -36,7 +36,7 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves x and the (fresh) scale and zero point: a quantizer that observes again in the same step changes neither."""
+    """Saves x and the (fresh) scale and zero point: observing again in the same step changes neither."""
 
     @staticmethod
     def forward(
@@ -45,7 +45,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.bounds = (qmin, qmax, axis)
         wide_scale = along_axis(scale, axis, x.ndim)
-        wide_zero = along_axis(zero_point, axis, x.ndim)
+        wide_zero = along_axis(zero_point.long(), axis, x.ndim)  # int32 would wrap in qmin − z
         steps = x * (1.0 / wide_scale) if x.dtype == torch.float32 else x.float() * (1.0 / wide_scale)
         return steps.round_().clamp_(qmin - wide_zero, qmax - wide_zero).mul_(wide_scale).to(x.dtype)
 
@@ -54,7 +54,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         qmin, qmax, axis = ctx.bounds
         wide_scale = along_axis(scale, axis, x.ndim)
-        wide_zero = along_axis(zero_point, axis, x.ndim)
+        wide_zero = along_axis(zero_point.long(), axis, x.ndim)  # int32 would wrap in qmin − z
         position = x.float() * (1.0 / wide_scale)
         steps = position.round()
         clipped = steps.clamp(qmin - wide_zero, qmax - wide_zero)

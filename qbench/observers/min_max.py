@@ -49,7 +49,8 @@ class MovingAverageMinMaxObserver(Observer):
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Move the range towards that of `x`; the first tensor sets it (decided on the device, without a sync)."""
-        low, high = (self._average(old, new) for old, new in zip((self.min_val, self.max_val), self.range_of(x)))
+        low, high = self.range_of(x)
+        low, high = self._average(self.min_val, low), self._average(self.max_val, high)
         self.min_val, self.max_val = _stored(self.min_val, low), _stored(self.max_val, high)
         return low, high
 
@@ -58,7 +59,7 @@ class MovingAverageMinMaxObserver(Observer):
 
 
 def _stored(buffer: Tensor, value: Tensor) -> Tensor:
-    """Write `value` into the buffer in place, so that references (DDP's, a compiled graph's) stay; grow it on first use."""
+    """Write `value` into the buffer in place (DDP and compiled graphs refer to it); a first use may grow it."""
     if buffer.shape != value.shape:
         return value.clone()
     return buffer.copy_(value)

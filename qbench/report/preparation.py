@@ -16,7 +16,7 @@ class QuantizedModule:
 
 @dataclasses.dataclass(frozen=True)
 class FloatInput:
-    """An input that no quantizer produced, so that its consumer got a quantizer: path, position, the op that lost it."""
+    """An input that its consumer quantizes, because no quantizer produced it: path, position, reason."""
 
     path: str
     index: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 from torch import nn
@@ -34,7 +35,7 @@ class Fused(nn.Sequential):
         if len(parts) != len(cls.part_types) or not all(map(matches_part, parts, cls.part_types)):
             given = ", ".join(type(part).__name__ for part in parts)
             raise FusionError(f"{cls.__name__}({given}): expected {cls.__name__}({cls.describe()})")
-        for linear, bn in zip(parts, parts[1:]):
+        for linear, bn in itertools.pairwise(parts):
             if isinstance(bn, _BatchNorm):
                 _check_foldable(cls.__name__, linear, bn)
 
@@ -57,11 +58,13 @@ def matches_part(module: Any, part: PartType) -> bool:
 def _check_foldable(wrapper: str, linear: nn.Module, bn: _BatchNorm) -> None:
     if bn.running_mean is None or bn.running_var is None:
         raise FusionError(
-            f"{wrapper}: {bn} has no running statistics, so there is nothing to fold; make it with track_running_stats=True"
+            f"{wrapper}: {bn} has no running statistics, so there is nothing to fold; make it with "
+            "track_running_stats=True"
         )
     channels = getattr(linear, "out_channels", getattr(linear, "out_features", None))
     if channels is not None and channels != bn.num_features:
         raise FusionError(
-            f"{wrapper}: {type(linear).__name__} puts out {channels} channels, {type(bn).__name__} has {bn.num_features}; "
+            f"{wrapper}: {type(linear).__name__} puts out {channels} channels, {type(bn).__name__} has "
+            f"{bn.num_features}; "
             "they must be equal"
         )

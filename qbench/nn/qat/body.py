@@ -1,8 +1,9 @@
 """The one body of every QAT module: what differs between them is class data.
 
 A QAT module owns the quantizer of its output and, if it has parameters, those of its weight and bias. It knows the
-quantizer of each of its inputs, so that a layer knows `s_in`: a *link*, kept as a strong reference that is not a submodule
-(it survives deepcopy, pickle and `.to()`). An input that no quantizer produced gets one here, in `input_quantizers`.
+quantizer of each of its inputs, so that a layer knows `s_in`: a *link*, kept as a strong reference that is not a
+submodule (it survives deepcopy, pickle and `.to()`). An input that no quantizer produced gets one here, in
+`input_quantizers`.
 
     eval, frozen BN   y = F.conv*(x̂, Ŵ, b̂)
     train             y = BN_batch(F.conv*(x̂, Ŵ/k) + b) + e,     e = b̂ − b_f
@@ -65,7 +66,8 @@ class QatModule(nn.Module):
         output_quantizer: Quantizer of the output.
     """
 
-    float_type: ClassVar[type[nn.Module]]
+    # Any: a subclass names a float type that does not derive from its base's.
+    float_type: ClassVar[Any]
 
     qconfig: QConfig
     input_quantizers: nn.ModuleDict
@@ -92,7 +94,8 @@ class QatModule(nn.Module):
         qconfig = qconfig if qconfig is not None else getattr(module, "qconfig", None)
         if not isinstance(qconfig, QConfig):
             raise PreparationError(
-                f"{cls.__name__}.from_float: the module's qconfig is {qconfig!r}; set module.qconfig = qbench.get_qconfig() "
+                f"{cls.__name__}.from_float: the module's qconfig is {qconfig!r}; set module.qconfig = "
+                "qbench.get_qconfig() "
                 "or pass qconfig="
             )
         qat = cls.__new__(cls)
@@ -150,8 +153,10 @@ class QatModule(nn.Module):
         """
         if self._sources is None:
             raise LinkError(
-                f"{type(self).__name__} that puts out to {self.output_quantizer.label or '(an unprepared module)'} does not "
-                "know the quantizer of its input: no recorded forward reached it. Give prepare_qat one example per path, "
+                f"{type(self).__name__} that puts out to {self.output_quantizer.label or '(an unprepared module)'} "
+                "does not "
+                "know the quantizer of its input: no recorded forward reached it. Give prepare_qat one example per "
+                "path, "
                 "example_inputs=[(x, True), (x, False)]"
             )
         own = self.input_quantizers
@@ -162,7 +167,8 @@ class QatModule(nn.Module):
     def _check_source(self, index: int) -> FakeQuantize:
         if self._sources is None or len(self._sources) <= index:
             raise LinkError(
-                f"{self.output_quantizer.label or type(self).__name__}: input {index} has no link; run prepare_qat with "
+                f"{self.output_quantizer.label or type(self).__name__}: input {index} has no link; run prepare_qat "
+                "with "
                 "example_inputs that reach this module"
             )
         return self._sources[index]
@@ -242,7 +248,8 @@ class QatLayer(QatModule):
         bn = rest.pop(0) if rest and is_batch_norm(type(rest[0])) else None
         if len(rest) > 1:
             raise FusionError(
-                f"{type(self).__name__}: {self.float_type.__name__} has parts {type(self.float_type).__name__} beyond a "
+                f"{type(self).__name__}: {self.float_type.__name__} has parts {type(self.float_type).__name__} beyond "
+                "a "
                 "BatchNorm and one activation; a chain is a layer, then at most a BatchNorm, then at most an activation"
             )
         self._complete(bn, rest[0] if rest else None, qconfig)
@@ -317,9 +324,9 @@ class QatLayer(QatModule):
         before = bn.running_mean.clone(), bn.running_var.clone()
         normalized = bn(y)
         # A channel of zeros has variance 0: letting that into the statistics would make k explode.
-        # `.data`: autograd saved these buffers for the eval form of its backward, which training does not read; an ordinary
-        # in-place write would make it refuse.
-        for buffer, old in zip((bn.running_mean.data, bn.running_var.data), before):
+        # `.data`: autograd saved these buffers for the eval form of its backward, which training does not read; an
+        # ordinary in-place write would make it refuse.
+        for buffer, old in zip((bn.running_mean.data, bn.running_var.data), before, strict=True):
             buffer.copy_(torch.where(silenced, old, buffer))
         return normalized
 
@@ -393,8 +400,10 @@ class QatLayer(QatModule):
         if bool(saturated.any()):
             worst = int(saturated.nonzero()[0])
             raise NumericsError(
-                f"{label}: the bias {bias[worst].item():.6g} of output channel {worst} does not fit {self.qconfig.bias} "
-                f"(scale {scale.flatten()[worst if scale.ndim else 0].item():.3g}, input scale {input_scale.item():.3g}); "
+                f"{label}: the bias {bias[worst].item():.6g} of output channel {worst} does not fit "
+                f"{self.qconfig.bias} "
+                f"(scale {scale.flatten()[worst if scale.ndim else 0].item():.3g}, input scale "
+                f"{input_scale.item():.3g}); "
                 "a wider bias fits, or one with a scale of its own: get_qconfig(bias_scale='own')"
             )
         value = self.bias_quantizer(bias, scale)
@@ -405,8 +414,9 @@ class QatLayer(QatModule):
     def train(self: Self, mode: bool = True) -> Self:
         """Set training mode; frozen BatchNorm statistics stay frozen."""
         super().train(mode)
-        if getattr(self, "bn", None) is not None and getattr(self, "bn_frozen", False):
-            self.bn.eval()  # type: ignore[attr-defined]
+        bn = getattr(self, "bn", None)  # absent while the torch layer's constructor runs
+        if bn is not None and self.bn_frozen:
+            bn.eval()
         return self
 
     def extra_repr(self) -> str:
@@ -435,7 +445,7 @@ def adopt_state(target: nn.Module, source: nn.Module) -> None:
 
 
 def is_batch_norm(kind: type[nn.Module]) -> bool:
-    """Whether a type is a BatchNorm that folds: PyTorch's, or one with fixed statistics under the same attribute names."""
+    """Whether a type is a BatchNorm that folds: PyTorch's, or one with fixed statistics and the same names."""
     return issubclass(kind, _BatchNorm) or kind.__name__.startswith("FrozenBatchNorm")
 
 
@@ -448,7 +458,8 @@ def check_finite(module: nn.Module, label: str) -> None:
         if bool(bad.any()):
             value = tensor[bad].flatten()[0].item()
             raise NumericsError(
-                f"{label}.{name} holds {int(bad.sum())} value(s) that are not finite (the first is {value}); quantization "
+                f"{label}.{name} holds {int(bad.sum())} value(s) that are not finite (the first is {value}); "
+                "quantization "
                 "needs finite numbers: look for a diverged training step or a broken checkpoint"
             )
 

@@ -77,7 +77,7 @@ class ConvTranspose2dKind(ConvTransposeKind, nn.ConvTranspose2d):
     channel_axis = -3
 
 
-class LinearLayerKind(LinearKind, nn.Linear):
+class LinearLayerKind(LinearKind, nn.Linear):  # type: ignore[misc]  # nn.Linear says that its bias is never None
     """Linear."""
 
     linear_type = nn.Linear

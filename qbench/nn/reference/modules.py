@@ -4,8 +4,8 @@
             dq(weight) ────┼─ op ─ [q → dq] ─ [activation] ─ q → dq
             bias on grid ──┘
 
-Weight codes are stored as integers. The q → dq before the input restates the grid that the producer has; `convert` removes
-the pairs that repeat one.
+Weight codes are stored as integers. The q → dq before the input restates the grid that the producer has; `convert`
+removes the pairs that repeat one.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _out_of_place(activation: nn.Module | None) -> nn.Module | None:
     """The same activation without in-place writes, which passes over a program would have to see through."""
     if getattr(activation, "inplace", False):
         activation = copy.copy(activation)
-        activation.inplace = False  # type: ignore[union-attr,assignment]
+        activation.inplace = False  # type: ignore[union-attr]
     return activation
 
 
