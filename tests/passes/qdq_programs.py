@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 from qbench.graph.dialect import overload
 from qbench.graph.qdq import quantized_decomposed
+from qbench.graph.recognise import is_dequantize
 
 # Once, outside the models: torch.cond traces their code.
 OPS = quantized_decomposed()
@@ -149,6 +150,16 @@ def bias_node(layer: fx.Node) -> Any:
     names = [argument.name for argument in op._schema.arguments]
     position = names.index("self" if "addmm" in op._schema.name else "bias")
     return layer.args[position] if position < len(layer.args) else layer.kwargs.get("bias")
+
+
+def stored_codes(program: ExportedProgram, layer: fx.Node) -> list[int] | None:
+    """Codes of the bias of a layer of a program; None where it is float."""
+    bias = bias_node(layer)
+    if not is_dequantize(bias):
+        return None
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return program.state_dict[names[bias.args[0].name]].tolist()
 
 
 # name: (call, weight shape, output channels, input shape, axis of the channels)

@@ -44,6 +44,7 @@ from qdq_programs import (
     reload,
     run_upstream,
     scales_per_output,
+    stored_codes,
 )
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -63,15 +64,6 @@ def upstream_codes(program: ExportedProgram, **options: bool) -> list[list[int] 
     program = copy.deepcopy(program)
     run_upstream(program, **options)
     return [stored_codes(program, node) for node in layer_nodes(program.graph)]
-
-
-def stored_codes(program: ExportedProgram, layer: Any) -> list[int] | None:
-    bias = bias_node(layer)
-    if not is_dequantize(bias):
-        return None
-    signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return program.state_dict[names[bias.args[0].name]].tolist()
 
 
 def check_same_values(program: ExportedProgram, model: nn.Module, x: Tensor, put_on_grid: Callable[[], None]) -> None:
