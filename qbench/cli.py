@@ -133,7 +133,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running and deploying")
     group.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     group.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
-    group.add_argument("--deploy-batch", type=int, default=1, help="images in a batch of the files (default: 1)")
+    group.add_argument("--max-batch", type=int, default=64, help="largest batch that the files take (default: 64)")
     group.add_argument("--verify-images", type=int, default=512, help="compare on at most so many (default: 512)")
     group.add_argument(
         "--runtimes",

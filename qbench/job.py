@@ -9,10 +9,11 @@ the last step has passed: a run is there whole or not at all.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,17 +23,20 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-import qbench
 from qbench import data as data_sets
 from qbench import training
+from qbench.conversion import convert
 from qbench.data import ImageData
-from qbench.errors import ConfigError, require
+from qbench.errors import ConfigError, ConversionError, require
 from qbench.export.runtimes import RUNTIMES, get_runtime, run_file
 from qbench.folders import check_output, output_folder
+from qbench.fusion import fuse
 from qbench.models import build_model, check_outputs
-from qbench.qconfig import get_qconfig
+from qbench.preparation import preparation_report, prepare_qat
+from qbench.qconfig import QConfig, get_qconfig
 from qbench.report.data import RunSummary, Verification
 from qbench.training import FitResult, Score, Settings
+from qbench.verification import verify
 
 PROGRAM_FILE, WEIGHTS_FILE, SUMMARY_FILE = "model.pt2", "qat.pt", "summary.json"
 FLOAT_TRAINING = Settings(epochs=5, lr=0.02, label_smoothing=0.1)
@@ -68,7 +72,7 @@ class Job:
         image_size: Height and width in pixels; None takes the data's own.
         seed: Of the model's first weights.
         threads: Threads of torch; None leaves them as they are.
-        deploy_batch: Images in a batch of the deployed files.
+        max_batch: The files take batches of 1 to so many images; 1 is for models that fix their batch.
         verify_images: Held-out images, at most, that every form of the model is compared on.
         runtimes: Runtimes that files are written for, and that are verified and scored.
         overwrite: Replace an earlier run in `out`.
@@ -90,13 +94,13 @@ class Job:
     image_size: int | None = None
     seed: int = 0
     threads: int | None = None
-    deploy_batch: int = 1
+    max_batch: int = 64
     verify_images: int = 512
     runtimes: tuple[str, ...] = tuple(RUNTIMES)
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("deploy_batch", "verify_images", "threads"):
+        for name in ("max_batch", "verify_images", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name.replace('_', ' ')} {value}: expected at least 1")
@@ -162,7 +166,7 @@ def run(job: Job, say: Say = lambda doing: None) -> RunSummary:
     images = data_sets.load(job.data, job.image_size)
     trained = train(job, images, clock)
     with clock("convert", "convert"):
-        program = qbench.convert(trained.model, _example(images, job.deploy_batch), target=job.target)
+        program = to_program(job, images, trained.model)
     with output_folder(job.out, marker=SUMMARY_FILE, overwrite=job.overwrite) as folder:
         verification, deployed = deploy(job, folder, images, trained.model, program, clock)
         summary = summarize(job, folder, images, trained, verification, deployed, clock)
@@ -182,17 +186,34 @@ def train(job: Job, images: ImageData, clock: Clock) -> Trained:
     torch.manual_seed(job.seed)
     model = build_model(job.model, len(images.classes))
     check_outputs(model, job.model, images.example, len(images.classes))
+    example = (images.example,)
+    _prepare(copy.deepcopy(model), qconfig, example)  # refuses now what it would refuse after an hour of training
     held_out = data_sets.batches(images.held_out, _SCORE_BATCH, workers=job.float_training.workers)
     with clock("float", "train float"):
         training.fit(model, images.train, job.float_training, label="float")
         float_score = training.evaluate(model, held_out)
     with clock("qat", "train QAT"):
-        example = _example(images, job.deploy_batch)
-        fused = qbench.fuse(model.eval(), example_inputs=example)
-        prepared = qbench.prepare_qat(fused.train(), qconfig=qconfig, example_inputs=example)
+        prepared = _prepare(model, qconfig, example)
         fitted = training.fit(prepared, images.train, job.qat_training, label="QAT  ")
         qat_score = training.evaluate(prepared.eval(), held_out)
     return Trained(prepared, float_score, qat_score, fitted)
+
+
+def _prepare(model: nn.Module, qconfig: QConfig, example: tuple[Tensor, ...]) -> nn.Module:
+    fused = fuse(model.eval(), example_inputs=example)
+    return prepare_qat(fused.train(), qconfig=qconfig, example_inputs=example)
+
+
+def to_program(job: Job, images: ImageData, model: nn.Module) -> ExportedProgram:
+    """Convert a trained QAT model for batches of 1 to `job.max_batch` images."""
+    if job.max_batch == 1:
+        return convert(model, (images.example,), target=job.target)
+    two = torch.cat([images.example, images.example])  # a batch of one would be taken for a constant
+    batch = torch.export.Dim("batch", min=1, max=job.max_batch)
+    try:
+        return convert(model, (two,), target=job.target, dynamic_shapes=({0: batch},))
+    except ConversionError as error:
+        raise ConversionError(f"{error}\nA model that fixes the size of its batch needs --max-batch 1.") from error
 
 
 def deploy(
@@ -205,10 +226,12 @@ def deploy(
         for name in job.runtimes:
             get_runtime(name).export(program, _file(folder, name))
     with clock("verify", "verify"):
-        inputs = [(batch,) for batch in _full_batches(images, job.deploy_batch, limit=job.verify_images)]
-        verification = qbench.verify(model, program, inputs, runtimes=job.runtimes)
+        batches = data_sets.batches(images.held_out, job.max_batch)
+        count = -(-job.verify_images // job.max_batch)
+        inputs = [(pixels,) for pixels, _ in itertools.islice(iter(batches), count)]
+        verification = verify(model, program, inputs, runtimes=job.runtimes)
     with clock("score", "score"):
-        scores = {name: score_file(name, _file(folder, name), images, job.deploy_batch) for name in job.runtimes}
+        scores = {name: score_file(name, _file(folder, name), images, job.max_batch) for name in job.runtimes}
     return verification, scores
 
 
@@ -219,15 +242,15 @@ def score_file(runtime: str, path: Path, images: ImageData, batch: int) -> Score
         runtime: Name of a runtime.
         path: The file.
         images: Data whose held-out half is scored.
-        batch: Images that the file takes at once. The last batch is filled up, and what was filled in is not scored.
+        batch: Images in a batch.
     """
     per_chunk = max(1, _CHUNK // (batch * images.example.nbytes))
     running = training.RunningScore()
     loader = iter(data_sets.batches(images.held_out, batch))
     while chunk := list(itertools.islice(loader, per_chunk)):
-        outputs = run_file(runtime, path, [(fill(pixels, batch),) for pixels, _ in chunk])
+        outputs = run_file(runtime, path, [(pixels,) for pixels, _ in chunk])
         for (_, labels), (logits, *_rest) in zip(chunk, outputs, strict=True):
-            scored = torch.from_numpy(logits)[: len(labels)]
+            scored = torch.from_numpy(logits)
             running.add(scored, labels, nn.functional.cross_entropy(scored, labels))
     return running.score()
 
@@ -256,7 +279,11 @@ def summarize(
         largest_steps=verification.largest_steps,
         held_out=trained.float_score.images,
         layers={part.name: {"codes": part.compared, "different": part.different} for part in verification.layers},
-        notes=verification.notes,
+        spread={
+            part.name: {"codes": part.codes, "distinct": part.distinct, "saturated": part.saturated}
+            for part in verification.spread
+        },
+        notes=(*_left_in_float(trained.model), *verification.notes),
         files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
         settings=_settings(job, images, trained.fitted),
         versions=versions(),
@@ -270,6 +297,13 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def _left_in_float(model: nn.Module) -> tuple[str, ...]:
+    """What of the model is not quantized, and why."""
+    report = preparation_report(model)
+    left = [f"{part.path or 'the model'} ({part.kind}) stays in float: {part.reason}" for part in report.left_in_float]
+    return (*left, *(f"{path} was not reached by the example input" for path in report.unreached))
 
 
 def _settings(job: Job, images: ImageData, fitted: FitResult) -> dict[str, Any]:
@@ -286,21 +320,5 @@ def _settings(job: Job, images: ImageData, fitted: FitResult) -> dict[str, Any]:
     }
 
 
-def fill(batch: Tensor, size: int) -> Tensor:
-    """A batch of exactly `size`: a shorter one is filled up with its last image."""
-    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
-
-
 def _file(folder: Path, runtime: str) -> Path:
     return folder / f"model{get_runtime(runtime).suffix}"
-
-
-def _full_batches(images: ImageData, size: int, limit: int) -> Iterator[Tensor]:
-    """The first `limit` held-out images or more, in batches of exactly `size`."""
-    loader: Iterable[Any] = data_sets.batches(images.held_out, size)
-    return (fill(pixels, size) for pixels, _ in itertools.islice(loader, -(-limit // size)))
-
-
-def _example(images: ImageData, size: int) -> tuple[Tensor]:
-    """The first held-out images as example inputs, (size, 3, height, width)."""
-    return (next(_full_batches(images, size, limit=1)),)

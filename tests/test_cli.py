@@ -10,24 +10,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from qbench import cli, job, training
-from qbench.errors import DataError
+import qbench
+from qbench import cli, data, job, training
+from qbench.errors import DataError, VerificationError
 from qbench.job import Job
+from qbench.models import build_model
 from qbench.report import RunSummary
+from qbench.report.text import run_table
 
 pytest.importorskip("sklearn.datasets")
 
 NETS = """
 from torch import nn
 
+class Tiny(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.relu = nn.ReLU()
+        self.fc = nn.Linear(512, num_classes)
+
+    def forward(self, images):
+        x = self.relu(self.bn1(self.conv1(images)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.fc(x.flatten(1))
+
 def tiny(num_classes):
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Flatten(), nn.Linear(512, num_classes),
-    )
+    return Tiny(num_classes)
 """
 
 
@@ -69,7 +80,7 @@ def quick(nets: Path, out: Path, *more: str) -> list[str]:
         ),
         (["--data", "imagefolder:no/such"], "no/such is not a folder"),
         (["--weight-bits", "16"], "target onnxruntime has"),
-        (["--bias-bits", "64"], "target onnxruntime has"),
+        (["--bias-bits", "64"], "a bias of 64 bits"),
         (["--bias-scale", "their_own"], "their_own"),
         (["--epochs", "-1"], "epochs=-1.0: expected a number from 0 on"),
         (["--qat-lr", "0"], "lr=0.0: expected a number above 0"),
@@ -77,7 +88,7 @@ def quick(nets: Path, out: Path, *more: str) -> list[str]:
         (["--image-size", "0"], "image size 0: expected at least 1 pixel"),
         (["--freeze-bn-at", "60"], "freeze_bn_at=60.0: expected a share of the run in [0, 1]"),
         (["--threads", "0"], "threads 0: expected at least 1"),
-        (["--deploy-batch", "0"], "deploy batch 0: expected at least 1"),
+        (["--max-batch", "0"], "max batch 0: expected at least 1"),
         (["--runtimes", "onnxruntime,tflite"], "there is no runtime 'tflite'; use one of 'onnxruntime', 'executorch'"),
     ],
 )
@@ -134,8 +145,8 @@ def test_every_option_arrives_in_the_job() -> None:
     line = (
         "train --out o --model m --data d --target xnnpack --weight-bits 4 --activation-bits 5 --bias-bits 16 "
         "--bias-scale own --epochs 0.5 --lr 1 --qat-epochs 0.25 --qat-lr 2 --freeze-observers-at 0.1 "
-        "--freeze-bn-at 0.2 --batch-size 7 --image-size 9 --seed 3 --threads 2 --workers 1 --deploy-batch 4 --verify-images 5 "
-        "--runtimes executorch --overwrite"
+        "--freeze-bn-at 0.2 --batch-size 7 --image-size 9 --seed 3 --threads 2 --workers 1 --max-batch 4 "
+        "--verify-images 5 --runtimes executorch --overwrite"
     )
     made = cli.job_of(cli.build_parser().parse_args(line.split()))
     assert made == Job(
@@ -162,7 +173,7 @@ def test_every_option_arrives_in_the_job() -> None:
         image_size=9,
         seed=3,
         threads=2,
-        deploy_batch=4,
+        max_batch=4,
         verify_images=5,
         runtimes=("executorch",),
         overwrite=True,
@@ -186,10 +197,98 @@ def test_interrupting_ends_with_130(nets: Path, tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 3), (5, 1), (4, 2), (8, 1)])
-def test_fill_makes_every_batch_full(size: int, count: int) -> None:
-    pixels = torch.arange(5.0).view(5, 1)
-    filled = [job.fill(part, size) for part in pixels.split(size)]
-    assert [len(part) for part in filled] == [size] * count
-    assert torch.equal(torch.cat(filled)[:5], pixels)
-    assert (torch.cat(filled)[5:] == 4).all()
+@pytest.fixture(scope="module")
+def finished(nets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One whole run in a process of its own, and the folder that it made."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("executorch")
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    line = [sys.executable, "-m", "qbench", *quick(nets, out, "--epochs", "2", "--qat-epochs", "1")]
+    return out, subprocess.run(line, capture_output=True, text=True, timeout=600)
+
+
+def test_a_whole_run_prints_its_table_and_nothing_else(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, done = finished
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr  # quiet: stderr is no terminal
+    assert done.stdout.strip() == run_table(summary_of(out), str(out))
+    assert max(map(len, done.stdout.replace(str(out), "runs/tiny").splitlines())) <= 80
+
+
+def summary_of(out: Path) -> RunSummary:
+    return RunSummary.from_json((out / "summary.json").read_text())
+
+
+def test_a_whole_run_leaves_these_files_and_nothing_beside_them(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, _ = finished
+    names = ["model.onnx", "model.pt2", "model.pte", "qat.pt", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert [path.name for path in out.parent.iterdir()] == ["tiny"]
+    sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.name != "summary.json"}
+    assert summary_of(out).files == sizes
+
+
+def test_the_summary_says_what_was_promised(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = finished
+    fields = json.loads((out / "summary.json").read_text())
+    assert fields["float_top1"] >= 0.95
+    assert fields["qat_top1"] >= 0.95
+    assert set(fields["deployed_top1"]) == {"onnxruntime", "executorch"}
+    assert all(abs(top1 - fields["float_top1"]) <= 0.01 for top1 in fields["deployed_top1"].values())
+    assert fields["mismatches"]["parameters"] == 0
+    assert fields["mismatches"]["eval_vs_program"] == 0
+    assert set(fields["mismatches"]) == {
+        "parameters",
+        "eval_vs_program",
+        "program_vs_onnxruntime",
+        "program_vs_executorch",
+    }
+    weights = 16 * 27 + 16 + 32 * 144 + 32 + 512 * 10 + 10
+    assert fields["compared"] == {
+        "parameters": weights,
+        "eval_vs_program": 4500,
+        "program_vs_onnxruntime": 4500,
+        "program_vs_executorch": 4500,
+    }
+    assert fields["codes_compared"] == sum(fields["compared"].values())
+    assert set(fields["seconds"]) == {"float", "qat", "convert", "export", "verify", "score", "total"}
+    assert fields["held_out"] == 450
+    assert fields["settings"]["bn_frozen_at_step"] > fields["settings"]["observers_frozen_at_step"] > 0
+
+
+def test_qat_weights_are_tensors_that_load_alone(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], nets: Path
+) -> None:
+    """`qat.pt` goes back into a freshly prepared model, which then ranks every image as the run's model did."""
+    out, _ = finished
+    state = torch.load(out / "qat.pt", weights_only=True)
+    assert state
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    images = data.load("digits", image_size=8)
+    example = (images.example,)
+    fresh = qbench.fuse(build_model(f"{nets}:tiny", 10).eval(), example_inputs=example)
+    model = qbench.prepare_qat(fresh.train(), qconfig=qbench.get_qconfig(), example_inputs=example)
+    model.load_state_dict(state)
+    score = training.evaluate(model, data.batches(images.held_out, 64))
+    assert score.top1 == summary_of(out).qat_top1
+
+
+def test_a_failure_in_the_middle_leaves_nothing(
+    nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verification fails after the files were written: neither they nor the folders made for them stay."""
+    seen: list[str] = []
+
+    def fail(*args: object, **kwargs: object) -> None:
+        seen.extend(path.name for path in (tmp_path / "runs").glob(".demo.*/*"))
+        raise VerificationError("the two sides differ in shape")
+
+    monkeypatch.setattr(job, "verify", fail)
+    options = ["--epochs", "0.2", "--qat-epochs", "0.2", "--runtimes", "onnxruntime"]
+    assert cli.main(quick(nets, tmp_path / "runs" / "demo", *options)) == 2
+    assert sorted(seen) == ["model.onnx", "model.pt2", "qat.pt"]
+    assert capsys.readouterr().err == "qbench: error: the two sides differ in shape\n"
+    assert list(tmp_path.iterdir()) == []

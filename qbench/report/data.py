@@ -161,8 +161,9 @@ class RunSummary:
         compared: Codes compared, by the same keys as `mismatches`.
         largest_steps: Largest difference in codes, by the same keys.
         held_out: How many held-out images the top-1 figures are over.
-        not_scored: Runtimes that did not score, with the reason.
         layers: Per layer: `{path: {"codes": …, "different": …}}` of its weight and bias.
+        spread: How varied the codes of each layer's output were:
+            `{path: {"codes": …, "distinct": …, "saturated": …}}`.
         notes: What was left out or left in float, in words.
         files: Bytes of each written file, by its name.
         settings: The options of the run.
@@ -181,8 +182,8 @@ class RunSummary:
     compared: Mapping[str, int] = field(default_factory=dict)
     largest_steps: Mapping[str, int] = field(default_factory=dict)
     held_out: int = 0
-    not_scored: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    spread: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)

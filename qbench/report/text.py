@@ -134,7 +134,7 @@ def run_table(summary: RunSummary, folder: str | None = None) -> str:
         _indented(comparison_table(summary_comparisons(summary))),
         _indented(_time_line(summary.seconds)),
         _indented(_files_line(summary.files, folder)),
-        bullets([*(f"{name}: {why}" for name, why in summary.not_scored.items()), *summary.notes]),
+        bullets(summary.notes),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
