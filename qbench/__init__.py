@@ -1,7 +1,7 @@
 """qbench: quantization-aware training of CNNs whose trained codes are the deployed codes."""
 
 from qbench import errors, export, nn, passes, targets
-from qbench.conversion import convert
+from qbench.conversion import conversion_report, convert
 from qbench.fake_quantize import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 from qbench.fake_quantize.bias import BiasSpec
 from qbench.fusion import fuse, fuse_modules
@@ -20,6 +20,7 @@ __all__ = [
     "QParams",
     "QSpec",
     "QuantizerConfig",
+    "conversion_report",
     "convert",
     "disable_fake_quant",
     "disable_observer",

@@ -9,13 +9,14 @@ integer codes; each bias is a float32 tensor that lies on its grid, which a runt
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qbench import targets
-from qbench.errors import ConfigError, ConversionError, LinkError, NumericsError, QBenchError
+from qbench.errors import ConfigError, ConversionError, LinkError, NumericsError, QBenchError, QBenchWarning
 from qbench.fake_quantize import FakeQuantize
 from qbench.graph.cleanup import remove_redundant_qdq
 from qbench.graph.qdq import quantized_decomposed
@@ -23,6 +24,7 @@ from qbench.nn.qat.body import QatLayer, QatModule
 from qbench.nn.reference import reference_of
 from qbench.numerics.bias import accumulator_bound, fits_accumulator
 from qbench.preparation import preparation_report, quantized_modules
+from qbench.report.conversion import ConversionReport, DeployedLayer
 
 
 def convert(
@@ -54,22 +56,55 @@ def convert(
         raise ConfigError(
             f"convert: example_inputs is {type(example_inputs).__name__}, expected a tuple: convert(model, (x,))"
         )
-    modules = dict(quantized_modules(model))
-    if not modules:
-        raise ConversionError(
-            f"convert: {type(model).__name__} has no QAT module; convert(qbench.prepare_qat(model, ...), inputs) "
-            "after training"
-        )
-    found = _target(modules, target)
-    for path, module in modules.items():
-        _check_module(path, module, found)
+    report = conversion_report(model, target=target)
+    _warn_of_coarse_weights(report)
     quantized_decomposed()
     reference = _reference_model(model)
     program = _export(reference, example_inputs, dynamic_shapes)
     remove_redundant_qdq(program)
     custom = program.graph_module.meta.setdefault("custom", {})
-    custom["qbench"] = {"target": found.name}
+    custom["qbench"] = {"target": report.target}
     return program
+
+
+def conversion_report(model: nn.Module, *, target: str | targets.Target | None = None) -> ConversionReport:
+    """What `convert` would deploy: scales, bias codes, accumulators, and what the bias floor cost, layer by layer.
+
+    Args:
+        model: A prepared model whose quantizers have seen data.
+        target: What the program is for; the default is that of the qconfig.
+
+    Raises:
+        ConversionError: the model has no QAT module, is for several targets, or a layer does not fit its accumulator.
+        LinkError: a layer does not know the quantizer of its input.
+        NumericsError: a quantizer has seen no data, a value is NaN or infinite, a bias does not fit.
+    """
+    modules = dict(quantized_modules(model))
+    if not modules:
+        raise ConversionError(
+            f"convert: {type(model).__name__} has no QAT module; convert(qbench.prepare_qat(model, ...), inputs) after "
+            "training works"
+        )
+    found = _target(modules, target)
+    layers = [_check_module(path, module, found) for path, module in modules.items()]
+    return ConversionReport(found.name, tuple(layer for layer in layers if layer is not None))
+
+
+# A channel that the bias floor makes this much coarser has lost a bit of its weights.
+_NOTABLE_COARSENING = 2.0
+
+
+def _warn_of_coarse_weights(report: ConversionReport) -> None:
+    notable = [layer for layer in report.coarsened if layer.largest_coarsening >= _NOTABLE_COARSENING]
+    if notable:
+        worst = max(notable, key=lambda layer: layer.largest_coarsening)
+        warnings.warn(
+            f"the bias of {len(notable)} layer(s) needs coarser weights than training would choose; the worst is "
+            f"{worst.path}, up to {worst.largest_coarsening:.3g}x in {worst.coarsened} channel(s). "
+            "qbench.conversion_report(model) lists them; a wider bias or bias_scale='own' avoids it",
+            QBenchWarning,
+            stacklevel=3,
+        )
 
 
 def _target(modules: dict[str, QatModule], target: str | targets.Target | None) -> targets.Target:
@@ -84,14 +119,13 @@ def _target(modules: dict[str, QatModule], target: str | targets.Target | None) 
     return next(iter(found.values()))
 
 
-def _check_module(path: str, module: QatModule, target: targets.Target) -> None:
+def _check_module(path: str, module: QatModule, target: targets.Target) -> DeployedLayer | None:
     """Raise for everything that would make a wrong program, with the path of the module."""
     try:
         if module.sources is None:
             raise LinkError(
-                "the quantizer of its input is not known: no recorded forward reached it. Give prepare_qat "
-                "example_inputs that "
-                "do, one tuple per path of control flow"
+                "the quantizer of its input is not known: no recorded forward reached it. Give prepare_qat one example "
+                "per path of control flow, example_inputs=[(x, True), (x, False)]"
             )
         disabled = [q for q in module.modules() if isinstance(q, FakeQuantize) and not q.fake_quant_enabled]
         if disabled:
@@ -99,14 +133,13 @@ def _check_module(path: str, module: QatModule, target: targets.Target) -> None:
                 f"fake-quant of {disabled[0].label} is disabled; model.apply(qbench.enable_fake_quant) before convert"
             )
         module.output_quantizer.deployed_qparams()
-        if isinstance(module, QatLayer):
-            _check_accumulator(module, target)
+        return _deployed(path, module, target) if isinstance(module, QatLayer) else None
     except QBenchError as error:
         message = str(error)
         raise type(error)(message if message.startswith(path) else f"{path or '(root)'}: {message}") from None
 
 
-def _check_accumulator(layer: QatLayer, target: targets.Target) -> None:
+def _deployed(path: str, layer: QatLayer, target: targets.Target) -> DeployedLayer:
     codes = layer.parameter_codes()
     source = layer.input_qparams()
     zero = int(source.zero_point)
@@ -122,9 +155,18 @@ def _check_accumulator(layer: QatLayer, target: targets.Target) -> None:
         channel = int(bad.nonzero()[0])
         raise ConversionError(
             f"output channel {channel} can reach |accumulator| = {int(bound[channel])}, more than the "
-            f"{target.accumulator_bits} "
-            f"bits of target {target.name}; fewer weight or activation bits fit: get_qconfig(weight_bits=4)"
+            f"{target.accumulator_bits} bits of target {target.name}; fewer weight or activation bits fit: "
+            "get_qconfig(weight_bits=4)"
         )
+    return DeployedLayer(
+        path,
+        (float(codes.weight_qparams.scale.min()), float(codes.weight_qparams.scale.max())),
+        int(codes.bias.abs().max()),
+        int(bound.max()),
+        int((codes.coarsened > 1).sum()),
+        float(codes.coarsened.max()),
+        int(codes.silenced.sum()),
+    )
 
 
 def _reference_model(model: nn.Module) -> nn.Module:

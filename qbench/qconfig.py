@@ -47,9 +47,9 @@ class QConfig:
 
     Attributes:
         target: Name of a target, `qbench.targets.names()` lists them, or a `Target`.
-        activation: Quantizer of activations; a `QSpec` stands for moving-average min–max on that grid; None takes the
-            target's.
-        weight: Quantizer of weights; a `QSpec` stands for min–max of the weight at hand; None takes the target's.
+        activation: Quantizer of activations; a `QSpec` stands for moving-average min–max on that grid, `"target"` for
+            the target's own grid.
+        weight: The same for weights; a `QSpec` stands for min–max of the weight at hand.
         bias: Width and scale rule of the bias.
 
     Raises:
@@ -57,8 +57,8 @@ class QConfig:
     """
 
     target: str | targets.Target = "onnxruntime"
-    activation: QuantizerConfig | None = None
-    weight: QuantizerConfig | None = None
+    activation: QuantizerConfig | QSpec | str = "target"
+    weight: QuantizerConfig | QSpec | str = "target"
     bias: BiasSpec = BiasSpec()
 
     def __post_init__(self) -> None:
@@ -125,20 +125,28 @@ def _with_bits(spec: QSpec, bits: int) -> QSpec:
 
 
 def _as_config(
-    given: QuantizerConfig | QSpec | None, default: QSpec, observer: type[Observer]
+    given: QuantizerConfig | QSpec | str | None, default: QSpec, observer: type[Observer]
 ) -> QuantizerConfig:
     if isinstance(given, QuantizerConfig):
         return given
-    if given is None or isinstance(given, QSpec):
-        return QuantizerConfig(given or default, observer)
+    if given == "target":
+        return QuantizerConfig(default, observer)
+    if isinstance(given, QSpec):
+        return QuantizerConfig(given, observer)
+    if given is None:
+        raise ConfigError(
+            "QConfig: None would leave activations or weights in float, which no target here deploys; leave it "
+            "out for the target's own grid, or set qconfig = None on modules that stay in float"
+        )
     raise ConfigError(
         f"QConfig: {given!r} is not a quantizer config; pass a QuantizerConfig or a QSpec, such as QSpec(bits=8)"
     )
 
 
-def _made(config: QuantizerConfig | None) -> QuantizerConfig:
-    if config is None:
-        raise ConfigError("this QConfig has no quantizer here")
+def _made(config: QuantizerConfig | QSpec | str) -> QuantizerConfig:
+    """What `__post_init__` made of the argument."""
+    if not isinstance(config, QuantizerConfig):
+        raise ConfigError(f"QConfig: {config!r} was set after the config was made; make a new one instead")
     return config
 
 

@@ -47,7 +47,13 @@ def _describe(thing: object) -> str:
 def copy_program(program: ExportedProgram) -> ExportedProgram:
     """A program that can be rewritten without a trace in the caller's (weights are copied too)."""
     with quiet():
-        return copy.deepcopy(program)
+        copied = copy.deepcopy(program)
+    placeholders = (node for node in copied.graph.nodes if node.op == "placeholder")
+    for node, spec in zip(placeholders, copied.graph_signature.input_specs, strict=True):
+        # Copying a graph renames what is called like a builtin (`input`, the name that Sequential gives its own).
+        node.name = node.target = spec.arg.name
+    copied.graph_module.recompile()
+    return copied
 
 
 def output_names(program: ExportedProgram) -> list[str]:

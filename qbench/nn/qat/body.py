@@ -45,6 +45,7 @@ class ParameterCodes:
         bias_value: `b̂`, float32, (out,).
         bias_saturated: Bool (out,): codes that did not fit.
         coarsened: Factor by which the bias floor raised the weight scale.
+        silenced: Bool (out,): channels whose weight codes the floor sent to 0.
     """
 
     weight: Tensor
@@ -54,6 +55,7 @@ class ParameterCodes:
     bias_value: Tensor
     bias_saturated: Tensor
     coarsened: Tensor
+    silenced: Tensor
 
 
 class QatModule(nn.Module):
@@ -135,6 +137,10 @@ class QatModule(nn.Module):
     def sources(self) -> tuple[FakeQuantize, ...] | None:
         """The quantizer of each input; None before links are known."""
         return self._sources
+
+    def __repr__(self) -> str:
+        # Most modules quantize no input themselves: that is not worth a line each.
+        return super().__repr__().replace("\n  (input_quantizers): ModuleDict()", "")
 
     @contextlib.contextmanager
     def recording(self) -> Any:
@@ -407,7 +413,7 @@ class QatLayer(QatModule):
                 "a wider bias fits, or one with a scale of its own: get_qconfig(bias_scale='own')"
             )
         value = self.bias_quantizer(bias, scale)
-        return ParameterCodes(grid.codes(), grid.qparams, codes, scale, value, saturated, grid.coarsened)
+        return ParameterCodes(grid.codes(), grid.qparams, codes, scale, value, saturated, grid.coarsened, grid.silenced)
 
     # State.
 
