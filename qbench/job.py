@@ -248,7 +248,7 @@ def score_file(runtime: str, path: Path, images: ImageData, batch: int) -> Score
     running = training.RunningScore()
     loader = iter(data_sets.batches(images.held_out, batch))
     while chunk := list(itertools.islice(loader, per_chunk)):
-        outputs = run_file(runtime, path, [(pixels,) for pixels, _ in chunk])
+        outputs = run_file(runtime, path, [(pixels,) for pixels, _ in chunk], threads=torch.get_num_threads())
         for (_, labels), (logits, *_rest) in zip(chunk, outputs, strict=True):
             scored = torch.from_numpy(logits)
             running.add(scored, labels, nn.functional.cross_entropy(scored, labels))

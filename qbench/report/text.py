@@ -175,17 +175,24 @@ def _headline(summary: RunSummary) -> list[str]:
 
 def _time_line(seconds: Mapping[str, float]) -> list[str]:
     steps = [f"{STEP_LABELS.get(step, step)} {duration(value)}" for step, value in seconds.items() if step != "total"]
-    total = f"time {duration(seconds['total'])}: " if "total" in seconds else "time: "
-    return textwrap.wrap(total + ", ".join(steps), WIDTH - 2, subsequent_indent="  ")
+    return _listed(f"time {duration(seconds['total'])}:" if "total" in seconds else "time:", steps)
 
 
 def _files_line(files: Mapping[str, int], folder: str | None) -> list[str]:
     """Where the files are, and how large each is; the summary, which lists the others, is not in its own list."""
     if not files:
         return []
-    listed = ", ".join(f"{name} {size(n_bytes)}" for name, n_bytes in files.items())
-    text = f"files in {folder}: {listed}, summary.json" if folder else f"files: {listed}"
-    return textwrap.wrap(text, WIDTH - 2, subsequent_indent="  ", break_on_hyphens=False)
+    items = [f"{name} {size(n_bytes)}" for name, n_bytes in files.items()]
+    return _listed(f"files in {folder}:", [*items, "summary.json"]) if folder else _listed("files:", items)
+
+
+def _listed(start: str, items: Sequence[str]) -> list[str]:
+    """`start item, item, …`, wrapped between items and never within one."""
+    glued = ", ".join(item.replace(" ", "\0") for item in items)
+    lines = textwrap.wrap(
+        f"{start} {glued}", WIDTH - 2, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
+    return [line.replace("\0", " ") for line in lines]
 
 
 def _indented(lines: Sequence[str]) -> list[str]:
