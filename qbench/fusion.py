@@ -13,7 +13,8 @@ import copy
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ class FusedGraph(fx.GraphModule):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str) -> None:
         for node in graph.nodes:
+            # Annotations of the user's forward: as strings, they cannot be pickled with the graph.
+            node.type = None
             # Where the root is a graph, torch.export would believe this path, which ends at the leaf of the trace.
             node.meta.pop("nn_module_stack", None)
         super().__init__(root, graph, class_name)
@@ -132,11 +135,30 @@ def _copy_contents(source: nn.Module, target: nn.Module) -> None:
     target.__dict__.update(_contents(source))
 
 
+class _Proxy(fx.Proxy):
+    """A traced value for which `x += y` stays a write: fx would record `x + y`, which other readers of x do not see."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
 class _LocalTracer(fx.Tracer):
     """Traces one forward: every submodule is a leaf."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 def _fuse_tree(
@@ -171,22 +193,26 @@ def _fuse_one(module: nn.Module, path: str, places: Counter[int], notes: dict[st
         return module
     calls = Counter(id(_target(module, node)) for node in graph.nodes if node.op == "call_module")
     editor = _Editor(module, graph, path)
-    for chain in list(_chains(module, graph)):
+
+    def usable(node: fx.Node) -> bool:
+        """Whether a chain may go on with this node: leaving out a call needs a graph, which freezes the mode."""
+        return same or (node.op == "call_module" and is_own(_target(module, node)))
+
+    def is_own(part: nn.Module) -> bool:
+        return calls[id(part)] == 1 and places[id(part)] == 1
+
+    for chain in list(_chains(module, graph, usable)):
         parts = [part for _, part in chain.links]
-        reused = any(calls[id(p)] > 1 or places[id(p)] > 1 for p in parts[:-1] or parts)
-        if reused:
+        if not all(map(is_own, parts[:-1] or parts)):
             notes[path] = f"{chain.names()} is called or registered more than once, so it was not fused"
             continue
-        last_is_own = chain.last_is_module and calls[id(parts[-1])] == 1 and places[id(parts[-1])] == 1
-        if last_is_own:
+        if chain.last_is_module and is_own(parts[-1]):
             editor.install(chain)
-        elif not same:
-            notes[path] = _MODES_DIFFER
         elif not any(True for _ in parts[-1].parameters()):
             editor.absorb(chain)
     if same:
         editor.replace_operations()
-    elif any(_operation(module, node) for node in graph.nodes):
+    elif any(_operation(module, node) or node.target in mappings.ACTIVATION_CALLS for node in graph.nodes):
         notes[path] = _MODES_DIFFER
     return editor.finish()
 
@@ -226,24 +252,27 @@ def _target(module: nn.Module, node: fx.Node) -> nn.Module:
     return module.get_submodule(str(node.target))
 
 
-def _chains(module: nn.Module, graph: fx.Graph) -> Iterator[_Chain]:
+def _chains(module: nn.Module, graph: fx.Graph, usable: Callable[[fx.Node], bool]) -> Iterator[_Chain]:
     taken: set[fx.Node] = set()
     for node in graph.nodes:
         if node in taken or node.op != "call_module":
             continue
         for wrapper in mappings.wrappers():
-            links = _match(module, node, wrapper)
+            links = _match(module, node, wrapper, usable)
             if links:
                 taken.update(link for link, _ in links)
                 yield _Chain(wrapper, links)
                 break
 
 
-def _match(module: nn.Module, node: fx.Node, wrapper: type[Fused]) -> tuple[tuple[fx.Node, nn.Module], ...]:
+def _match(
+    module: nn.Module, node: fx.Node, wrapper: type[Fused], usable: Callable[[fx.Node], bool]
+) -> tuple[tuple[fx.Node, nn.Module], ...]:
     links: list[tuple[fx.Node, nn.Module]] = []
     current: fx.Node | None = node
     for position, wanted in enumerate(wrapper.part_types):
-        part = None if current is None else _as_module(module, current)
+        fits = current is not None and (not position or usable(current))
+        part = _as_module(module, current) if current is not None and fits else None
         if current is None or part is None or type(part) not in as_types(wanted):
             return ()
         if position and (current.op == "call_module") and len(current.args) != 1:
@@ -296,8 +325,8 @@ class _Editor:
                 continue
             replacement, inputs, last = made
             name = self._free_name(node.name.strip("_"))
-            self.module.add_module(name, replacement)
-            with self.graph.inserting_before(last):
+            self.module.add_module(name, replacement.train(self.module.training))
+            with self.graph.inserting_before(node):
                 call = self.graph.call_module(name, inputs)
             last.replace_all_uses_with(call)
             self.graph.erase_node(last)
@@ -329,17 +358,14 @@ def _operation(module: nn.Module, node: fx.Node) -> tuple[nn.Module, tuple[fx.No
     if node.op not in ("call_function", "call_method") or not node.users:
         return None
     target, args, kwargs = node.target, node.args, node.kwargs
-    if target in mappings.MODULE_CALLS and args and isinstance(args[0], fx.Node):
-        return mappings.MODULE_CALLS[target](*args[1:], **kwargs), (args[0],), node
-    if target in mappings.CAT_CALLS and args and isinstance(args[0], (list, tuple)):
-        tensors = tuple(args[0])
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        if len(tensors) > 1 and all(isinstance(t, fx.Node) for t in tensors) and isinstance(dim, int):
-            return ops.Cat(dim), tensors, node
+    if target in mappings.MODULE_CALLS and args and node.all_input_nodes == [args[0]]:
+        return mappings.MODULE_CALLS[target](*args[1:], **kwargs), tuple(node.all_input_nodes), node
+    if target in mappings.CAT_CALLS:
+        return _concatenation(node)
     if target not in mappings.TENSOR_OPS or len(args) != 2 or kwargs:
         return None
     left, right = args
-    if not (_is_tensor(left) and _is_tensor(right)) or not _mutation_is_unseen(node):
+    if not (_is_tensor(left) and _is_tensor(right)) or not _mutation_is_unseen(module, node):
         return None
     made = mappings.TENSOR_OPS[target]()
     user = next(iter(node.users)) if len(node.users) == 1 else None
@@ -350,20 +376,47 @@ def _operation(module: nn.Module, node: fx.Node) -> tuple[nn.Module, tuple[fx.No
     return made, (left, right), node
 
 
-def _mutation_is_unseen(node: fx.Node) -> bool:
-    """Whether nothing reads the left operand after an in-place operation wrote to it."""
+def _concatenation(node: fx.Node) -> tuple[nn.Module, tuple[fx.Node, ...], fx.Node] | None:
+    options = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+    tensors, dim = options.pop("tensors"), options.pop("dim", options.pop("axis", 0))
+    if options or not isinstance(tensors, (list, tuple)) or len(tensors) < 2 or not isinstance(dim, int):
+        return None
+    inputs = tuple(tensor for tensor in tensors if isinstance(tensor, fx.Node))
+    return (ops.Cat(dim), inputs, node) if len(inputs) == len(tensors) else None
+
+
+def _mutation_is_unseen(module: nn.Module, node: fx.Node) -> bool:
+    """Whether nobody sees that an in-place operation wrote to its left operand: no reader after it, no caller.
+
+    Views of the operand, and whatever it is a view of, are the same memory.
+    """
     if node.target not in mappings.IN_PLACE_CALLS:
         return True
     order = {other: i for i, other in enumerate(node.graph.nodes)}
-    left = node.args[0]
-    return isinstance(left, fx.Node) and left.op != "placeholder" and all(
-        order[user] <= order[node] for user in left.users
+    memory: dict[fx.Node, frozenset[fx.Node]] = {}
+    for other in node.graph.nodes:
+        sources = other.all_input_nodes if _may_alias(module, other) else []
+        memory[other] = frozenset({other}).union(*(memory[source] for source in sources))
+    written = memory[node.args[0]]  # type: ignore[index]
+    return all(
+        other.op not in ("placeholder", "get_attr") and all(order[user] <= order[node] for user in other.users)
+        for other, places in memory.items()
+        if order[other] < order[node] and places & written
     )
 
 
-_SIZE_CALLS = ("size", "dim", "numel", "shape", "ndim", "ndimension")
-_ARITHMETIC = (operator.add, operator.mul, operator.sub, operator.floordiv, operator.truediv, operator.getitem, int,
-len)
+def _may_alias(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node's result may share memory with its inputs; a module with parameters puts out a new tensor."""
+    if node.op == "call_module":
+        return not any(True for _ in _target(module, node).parameters())
+    if node.target in mappings.IN_PLACE_CALLS:
+        return True
+    makes_new = node.target in mappings.TENSOR_OPS or node.target in mappings.CAT_CALLS
+    return node.op in ("call_function", "call_method") and not makes_new
+
+
+_SIZE_CALLS = ("size", "dim", "numel", "nelement", "shape", "ndim", "ndimension", "stride", "item")
+_ARITHMETIC = frozenset({value for value in vars(operator).values() if callable(value)} | {int, float, len, round})
 
 
 def _is_tensor(value: Any) -> bool:
@@ -399,7 +452,8 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        near = [path for path, _ in model.named_modules() if path.split(".")[-1] == name.split(".")[-1]]
+        paths = [path for path, _ in model.named_modules() if path]
+        near = [path for path in paths if path.split(".")[-1] == name.split(".")[-1]] or get_close_matches(name, paths)
         raise FusionError(
             f"fuse_modules: the model has no module {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         ) from None
