@@ -147,10 +147,11 @@ def moving_grid(
         least = torch.zeros_like(size) if floor is None else floor
         step = torch.where(live, torch.maximum(own.scale, least / torch.where(live, size, 1.0)), own.scale)
         scale = torch.where(live, size * step, least).clamp(min=SMALLEST_SCALE)
-    silenced = live & (step > own.scale) & (largest * (1.0 / step) <= 0.5)
-    return MovingGrid(
-        weight, factor, layout, dataclasses.replace(own, scale=scale), step / own.scale, silenced, step
-    )
+    # A channel of zeros has no codes to coarsen, however high the floor.
+    raised = (step > own.scale) & (own.scale > SMALLEST_SCALE)
+    silenced = live & raised & (largest * (1.0 / step) <= 0.5)
+    coarsened = torch.where(raised, step / own.scale, 1.0)
+    return MovingGrid(weight, factor, layout, dataclasses.replace(own, scale=scale), coarsened, silenced, step)
 
 
 def folded_grid(
@@ -179,8 +180,10 @@ def folded_grid(
         least = floor.amax() if scale.ndim == 0 else layout.reduce_max(floor)
         scale = torch.maximum(scale, next_power_of_two(least.clamp(min=SMALLEST_SCALE)) if power_of_two else least)
     qparams = dataclasses.replace(found, scale=scale)
-    grid = FoldedGrid(weight, factor, layout, qparams, scale.detach() / found.scale.detach(), torch.empty(0))
-    return dataclasses.replace(grid, silenced=_silenced_channels(folded, qparams, layout, scale > found.scale))
+    raised = (scale > found.scale) & (found.scale > SMALLEST_SCALE)
+    coarsened = torch.where(raised, scale.detach() / found.scale.detach(), 1.0)
+    silenced = _silenced_channels(folded, qparams, layout, raised)
+    return FoldedGrid(weight, factor, layout, qparams, coarsened, silenced)
 
 
 def _silenced_channels(folded: Tensor, qparams: QParams, layout: WeightLayout, raised: Tensor) -> Tensor:
