@@ -68,7 +68,8 @@ class FakeQuantize(nn.Module):
         a folded weight are those of the weight itself.
         """
         spec = self.spec
-        return self.observer.stateless and spec.symmetric and spec.axis is not None and not spec.power_of_two
+        plain = spec.signed and spec.symmetric and not spec.power_of_two
+        return self.observer.stateless and plain and spec.axis is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (in training), then put `x` on the grid. Shape and dtype of `x`."""
