@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 
 from qbench.errors import ConfigError
@@ -19,6 +20,8 @@ BIAS_SCALES = ("input_weight", "own", "own_pow2")
 
 # Narrower than this at input·weight scale, the weight-scale floor would wipe out the weights.
 NARROWEST_INPUT_WEIGHT_BITS = 16
+
+SMALLEST_BIAS_SCALE = 2.0**-120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +78,15 @@ class BiasQuantizer(nn.Module):
         return numerics.own_bias_scale(bias, self.spec.bits, power_of_two=self.spec.scale == "own_pow2")
 
     def weight_scale_floor(self, bias: Tensor, input_scale: Tensor) -> Tensor | None:
-        """Smallest s_w per output channel at which the bias fits, (out,); None where s_w has no part in its scale."""
+        """Smallest s_w per output channel at which the bias fits, (out,); None where s_w has no part in its scale.
+
+        It also keeps `s_in · s_w` above 0.
+        """
         if self.spec.scale != "input_weight":
             return None
-        return numerics.weight_scale_floor(bias, input_scale, self.spec.bits)
+        # The scales of a dead input and of a channel of zeros are so small that their product would be 0.
+        usable = SMALLEST_BIAS_SCALE / input_scale.detach()
+        return torch.maximum(numerics.weight_scale_floor(bias, input_scale, self.spec.bits), usable)
 
     def forward(self, bias: Tensor, scale: Tensor) -> Tensor:
         """`b̂`, (out,)."""
