@@ -129,6 +129,8 @@ def trained(module: nn.Module, seed: int = 1) -> nn.Module:
     made = torch.Generator().manual_seed(seed)
     linear, bn, _ = parts_of(module)
     with torch.no_grad():
+        fan_in = linear.weight[0].numel()
+        linear.weight.copy_(torch.randn(linear.weight.shape, generator=made) / fan_in**0.5)
         if linear.bias is not None:
             linear.bias.copy_(torch.randn(linear.bias.shape, generator=made) * 0.3)
         if bn is not None:
