@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_train_output_moves_by_exactly_the_error(case: Case, options: dict) -> N
 
 class TestNotAbsorbed:
     CASE = case_named("conv bias bn")
-    OPTIONS = {"bias_bits": 8, "bias_scale": "own"}
+    OPTIONS: ClassVar = {"bias_bits": 8, "bias_scale": "own"}
     STEPS = 60
 
     def test_running_mean_is_that_of_the_convolution_alone(self) -> None:
@@ -152,9 +153,11 @@ class TestNotAbsorbed:
         torch.testing.assert_close(layer.bn.running_mean, mean, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("bits", "scale"), [(b, "input_weight") for b in (16, 17, 20, 23, 24, 28, 32)] + [(b, s) for b in (8, 12, 16, 32) for s in ("own", "own_pow2")]
-)  # fmt: skip
+WIDTHS = [(bits, "input_weight") for bits in (16, 17, 20, 23, 24, 28, 32)]
+WIDTHS += [(bits, scale) for bits in (8, 12, 16, 32) for scale in ("own", "own_pow2")]
+
+
+@pytest.mark.parametrize(("bits", "scale"), WIDTHS)
 def test_every_width_and_scale_rule_is_on_its_grid(bits: int, scale: str) -> None:
     case = case_named("grouped bn relu6")
     layer, module = make_layer(case, bias_bits=bits, bias_scale=scale)

@@ -102,7 +102,8 @@ class TestOneDefinition:
                 conv.weight.copy_(torch.randn(conv.weight.shape, generator=made))
             expected = expect(module, layer.sources[0].scale.item())
             folded = conv.weight.detach().numpy() * expected.factor.reshape(expected.wide)
-            direct = np.rint(folded * (np.float32(1) / (np.abs(folded).max((1, 2, 3), keepdims=True) / np.float32(127))))
+            step = np.abs(folded).max((1, 2, 3), keepdims=True) / np.float32(127)
+            direct = np.rint(folded * (np.float32(1) / step))
             differ += int((direct != expected.weight_codes).sum())
             np.testing.assert_array_equal(layer.parameter_codes().weight.numpy(), expected.weight_codes)
         assert differ > 0
@@ -255,7 +256,8 @@ class TestFloor:
             assert torch.equal(codes.weight[others], plain.parameter_codes().weight[others])
             assert same_bits(scale[others], plain.parameter_codes().weight_qparams.scale[others])
             assert (codes.coarsened[others] == 1).all()
-        assert codes.coarsened[1].item() == pytest.approx(floor / plain.parameter_codes().weight_qparams.scale[1].item(), rel=1e-4)  # noqa: E501  # fmt: skip
+        raised_by = floor / plain.parameter_codes().weight_qparams.scale[1].item()
+        assert codes.coarsened[1].item() == pytest.approx(raised_by, rel=1e-4)
         # b̂ is within half a step, and a rounding of float32, of b
         step, last_bit = codes.bias_scale[1].item(), 2.0**-23 * abs(folded)
         assert abs(codes.bias_value[1].item() - folded) <= 0.51 * step + 2 * last_bit
@@ -367,7 +369,7 @@ class TestSilenced:
         for seed in range(100):
             out = float_output(layer, batch(TestFloor.SHAPE, seed=seed))
             assert torch.isfinite(out).all()
-        for buffer, old in zip((layer.bn.running_mean, layer.bn.running_var), before):
+        for buffer, old in zip((layer.bn.running_mean, layer.bn.running_var), before, strict=True):
             assert buffer[1] == old[1]  # bit for bit, though the channel's convolution is a constant
             assert (buffer[[0, 2, 3, 4]] != old[[0, 2, 3, 4]]).all()
         # k stays what it was; with the constant's variance it would have grown a hundredfold.
