@@ -167,3 +167,16 @@ def test_edge_dialect(name: str) -> None:
     assert list(program.graph_signature.user_inputs) == list(aten.graph_signature.user_inputs)
     assert torch.equal(program.module()(x), aten.module()(x))
     assert torch.equal(run_lowered(edge, x), aten.module()(x))
+    # The other order: the pass first, lowering after it.
+    assert torch.equal(run_lowered(to_edge(aten), x), aten.module()(x))
+
+
+def test_as_a_pass_of_an_edge_program_manager() -> None:
+    layer, x = make_layer("conv1d")
+    edge = to_edge(export(layer, x))
+    quantizer = QuantizeFusedConvBnBiasAtenPass(edge.exported_program())
+    transformed = edge.transform([quantizer])
+    program = transformed.exported_program()
+    assert quantizer.report.quantized[0].codes.tolist() == expected_codes(layer.bias, S_IN, scales_per_output(layer))
+    assert len(program.graph_signature.user_inputs) == 1
+    assert torch.equal(run_lowered(transformed, x), program.module()(x))

@@ -196,3 +196,32 @@ def test_graph_of_the_pt2e_flow(pt2e: Any, form: str) -> None:
     program.validate()
     assert torch.equal(program.module()(x), call(x))
     assert (run_lowered(to_edge(program), x) - call(x)).abs().max() <= step * 1.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "convolutions", "count"), [("resnet18", 20, 4800), ("mobilenet_v2", 52, 17056)])
+def test_trained_codes_of_whole_networks(name: str, convolutions: int, count: int) -> None:
+    from qbench._torchvision import import_torchvision
+
+    model = getattr(import_torchvision().models, name)(num_classes=10)
+    x = torch.randn(4, 3, 64, 64)
+    model = qbench.prepare_qat(qbench.fuse(model), qconfig=qbench.get_qconfig("onnxruntime"), example_inputs=(x,))
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn_like(x)), torch.randint(0, 10, (4,))).backward()
+        optimizer.step()
+    program = qbench.convert(model.eval(), (x,))
+    expected, value, theirs = trained_codes(model), program.module()(x), program.module()
+    run_upstream(theirs)
+    constants = constants_of(theirs)
+    found = {
+        module_path(node): constants.get(bias_node(node).args[0]).tolist()
+        for node in layer_nodes(theirs.graph)
+        if is_dequantize(bias_node(node))
+    }
+    assert len(found) == convolutions and sum(map(len, found.values())) == count
+    assert all(codes == expected[path] for path, codes in found.items())
+    report = quantize_bias(program)
+    assert {layer.path: layer.codes.tolist() for layer in report.quantized} == expected and report.complete
+    assert torch.equal(program.module()(x), value)
