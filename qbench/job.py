@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 
 from qbench import data as data_sets
 from qbench import training
-from qbench.conversion import convert
+from qbench.conversion import conversion_report, convert
 from qbench.data import ImageData
 from qbench.errors import ConfigError, ConversionError, require
 from qbench.export.runtimes import RUNTIMES, get_runtime, run_file
@@ -34,7 +34,8 @@ from qbench.fusion import fuse
 from qbench.models import build_model, check_outputs
 from qbench.preparation import preparation_report, prepare_qat
 from qbench.qconfig import QConfig, get_qconfig
-from qbench.report.data import RunSummary, Verification
+from qbench.report.conversion import ConversionReport
+from qbench.report.data import Comparison, RunSummary, Verification
 from qbench.training import FitResult, Score, Settings
 from qbench.verification import verify
 
@@ -265,6 +266,7 @@ def summarize(
     clock: Clock,
 ) -> RunSummary:
     """Everything that `summary.json` holds."""
+    conversion = conversion_report(trained.model, target=job.target)
     return RunSummary(
         model=job.model,
         data=job.data,
@@ -278,12 +280,12 @@ def summarize(
         compared={key: comparison.compared for key, comparison in verification.comparisons.items()},
         largest_steps=verification.largest_steps,
         held_out=trained.float_score.images,
-        layers={part.name: {"codes": part.compared, "different": part.different} for part in verification.layers},
+        layers=_layers(conversion, verification),
         spread={
             part.name: {"codes": part.codes, "distinct": part.distinct, "saturated": part.saturated}
             for part in verification.spread
         },
-        notes=(*_left_in_float(trained.model), *verification.notes),
+        notes=(*_left_in_float(trained.model), *_floored(conversion), *verification.notes),
         files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
         settings=_settings(job, images, trained.fitted),
         versions=versions(),
@@ -297,6 +299,30 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def _layers(conversion: ConversionReport, verification: Verification) -> dict[str, dict[str, Any]]:
+    """By path of each layer: what of its parameters was compared, and the integers that it deploys."""
+    layers: dict[str, dict[str, Any]] = {}
+    for layer in conversion.layers:
+        parts = [part for part in verification.layers if part.name.rpartition(".")[0] == layer.path]
+        total = Comparison.total(layer.path, tuple(parts))
+        deployed = {name: value for name, value in asdict(layer).items() if name != "path"}
+        layers[layer.path] = {"codes": total.compared, "different": total.different, **deployed}
+    return layers
+
+
+def _floored(conversion: ConversionReport) -> tuple[str, ...]:
+    """What the range of the bias codes cost the weights, in words; nothing where it cost nothing."""
+    layers = conversion.coarsened
+    if not layers:
+        return ()
+    worst = max(layers, key=lambda layer: layer.largest_coarsening)
+    channels = sum(layer.coarsened for layer in layers)
+    return (
+        f"the range of the bias codes made the weights of {channels} channels in {len(layers)} layers coarser, by "
+        f"{worst.largest_coarsening:.3g} at most ({worst.path})",
+    )
 
 
 def _left_in_float(model: nn.Module) -> tuple[str, ...]:

@@ -24,21 +24,12 @@ pytest.importorskip("sklearn.datasets")
 NETS = """
 from torch import nn
 
-class Tiny(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.conv2, self.bn2 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32)
-        self.relu = nn.ReLU()
-        self.fc = nn.Linear(512, num_classes)
-
-    def forward(self, images):
-        x = self.relu(self.bn1(self.conv1(images)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.fc(x.flatten(1))
-
 def tiny(num_classes):
-    return Tiny(num_classes)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Flatten(), nn.Linear(512, num_classes),
+    )
 """
 
 
@@ -256,6 +247,10 @@ def test_the_summary_says_what_was_promised(finished: tuple[Path, subprocess.Com
     assert fields["codes_compared"] == sum(fields["compared"].values())
     assert set(fields["seconds"]) == {"float", "qat", "convert", "export", "verify", "score", "total"}
     assert fields["held_out"] == 450
+    layers = fields["layers"]
+    assert [layer["codes"] for layer in layers.values()] == [16 * 27 + 16, 32 * 144 + 32, 512 * 10 + 10]
+    assert all(layer["different"] == 0 and layer["accumulator"] < 2**31 for layer in layers.values())
+    assert min(spread["distinct"] for spread in fields["spread"].values()) >= 50
     assert fields["settings"]["bn_frozen_at_step"] > fields["settings"]["observers_frozen_at_step"] > 0
 
 

@@ -161,7 +161,8 @@ class RunSummary:
         compared: Codes compared, by the same keys as `mismatches`.
         largest_steps: Largest difference in codes, by the same keys.
         held_out: How many held-out images the top-1 figures are over.
-        layers: Per layer: `{path: {"codes": …, "different": …}}` of its weight and bias.
+        layers: By path: `codes` and `different` of its weight and bias, and the fields of
+            `qbench.report.conversion.DeployedLayer`.
         spread: How varied the codes of each layer's output were:
             `{path: {"codes": …, "distinct": …, "saturated": …}}`.
         notes: What was left out or left in float, in words.
@@ -182,7 +183,7 @@ class RunSummary:
     compared: Mapping[str, int] = field(default_factory=dict)
     largest_steps: Mapping[str, int] = field(default_factory=dict)
     held_out: int = 0
-    layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     spread: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
