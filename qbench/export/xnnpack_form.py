@@ -35,6 +35,7 @@ def to_xnnpack_form(program: ExportedProgram) -> ExportedProgram:
     graphs.shift_codes(program, torch.int8)
     clamp_before_quantize(program)
     widen_weight_ranges(program)
+    separate_outputs(program)
     separate_dequantizes(program)
     return graphs.finish(program)
 
@@ -87,6 +88,26 @@ def widen_weight_ranges(program: ExportedProgram) -> int:
         node.args = (*node.args[:start], *graphs.full_range(torch.int8), *node.args[start + 2 :])
         changed += 1
     return changed
+
+
+def separate_outputs(program: ExportedProgram) -> int:
+    """Give an output that dequantizes codes which other ops read too a q–dq pair of its own; returns how many got one.
+
+    Without it, XNNPACK's change of memory format mixes the two readers up: ExecuTorch 1.5.1 fails to run the file, or
+    gives wrong values for that output.
+    """
+    separated = 0
+    for node in list(program.graph.nodes):
+        if not graphs.is_activation_dequantize(node) or not any(reader.op == "output" for reader in node.users):
+            continue
+        if len(node.users) == 1 and len(node.args[0].users) == 1:
+            continue
+        real = graphs.requantize_after(node, node)
+        output = next(reader for reader in node.users if reader.op == "output")
+        output.replace_input_with(node, real)
+        program.graph_signature.replace_all_uses(node.name, real.name)
+        separated += 1
+    return separated
 
 
 def separate_dequantizes(program: ExportedProgram) -> int:

@@ -79,19 +79,20 @@ class Layer(nn.Module):
 
 
 def _convolve(x: np.ndarray, weight: np.ndarray, *, stride: int = 1, padding: int = 0, groups: int = 1) -> np.ndarray:
-    """2-d convolution in int64, one kernel position at a time."""
+    """2-d convolution of integers, one kernel position at a time, in float64 (exact below 2^53)."""
+    x, weight = x.astype(np.float64), weight.astype(np.float64)
     x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     count, _, height, width = x.shape
     out, per_group, rows, columns = weight.shape
     high, wide = (height - rows) // stride + 1, (width - columns) // stride + 1
     x = x.reshape(count, groups, per_group, height, width)
     weight = weight.reshape(groups, out // groups, per_group, rows, columns)
-    acc = np.zeros((count, groups, out // groups, high, wide), dtype=np.int64)
+    acc = np.zeros((count, groups, out // groups, high, wide))
     for i in range(rows):
         for j in range(columns):
             window = x[..., i : i + stride * high : stride, j : j + stride * wide : stride]
             acc += np.einsum("ngchw,goc->ngohw", window, weight[..., i, j], optimize=True)
-    return acc.reshape(count, out, high, wide)
+    return acc.reshape(count, out, high, wide).astype(np.int64)
 
 
 def input_codes(x: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
