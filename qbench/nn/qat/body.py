@@ -425,6 +425,15 @@ class QatLayer(QatModule):
             bn.eval()
         return self
 
+    def get_extra_state(self) -> Tensor:
+        """The switch, as a uint8 tensor (1,): whether BatchNorm statistics are frozen."""
+        return torch.tensor([self.bn_frozen], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restore the switch from a state dict."""
+        self.bn_frozen = bool(state[0])
+        self.train(self.training)
+
     def extra_repr(self) -> str:
         """The layer's own arguments, then what it is quantized to where that is not said by a quantizer."""
         parts = [super().extra_repr()]
