@@ -17,7 +17,19 @@ from torch.nn import functional as F
 import qbench
 from qbench.nn.qat.body import QatLayer
 
-from .support import BN_CASES, CASES, Case, batch, call, case_named, float_output, in_eval, make_layer, on_grid, parts_of
+from .support import (
+    BN_CASES,
+    CASES,
+    Case,
+    batch,
+    call,
+    case_named,
+    float_output,
+    in_eval,
+    make_layer,
+    on_grid,
+    parts_of,
+)
 
 Gradients = dict[str, Tensor]
 
@@ -60,7 +72,8 @@ def reference(layer: QatLayer, module: nn.Module, x: Tensor, *, batch_statistics
     bias = linear.bias if linear.bias is not None else torch.zeros(len(codes.bias)).double()
     bias_hat = codes.bias_value.double()
     if bn is None:
-        y = call(linear, x_hat, linear.weight + (weight_hat - linear.weight).detach(), bias + (bias_hat - bias).detach())
+        weight = linear.weight + (weight_hat - linear.weight).detach()
+        y = call(linear, x_hat, weight, bias + (bias_hat - bias).detach())
     else:
         factor = bn.weight / torch.sqrt(bn.running_var + bn.eps)
         folded = bn.bias + factor * (bias - bn.running_mean)
@@ -112,7 +125,8 @@ class TestLayers:
         wanted_out, wanted = reference(layer, module, x, batch_statistics=case.has_bn)
         out, got = gradients(layer.train(), x)
         if not case.has_bn:
-            torch.testing.assert_close(out.double(), wanted_out, rtol=0, atol=1.01 * layer.output_quantizer.scale.item())
+            step = layer.output_quantizer.scale.item()
+            torch.testing.assert_close(out.double(), wanted_out, rtol=0, atol=1.01 * step)
         assert_same(got, wanted)
 
     def test_frozen_batch_norm_and_eval(self, case: Case, options: dict) -> None:
@@ -255,7 +269,8 @@ class TestScales:
         weight_hat = codes.weight.double().numpy() * codes.weight_qparams.scale.double().numpy()[:, None]
         through_activation = (weights.double().numpy() * (slope @ weight_hat.T)).sum()
         # ∂b̂/∂s_in = (q_b − b/s_b)·s_w
-        residual = codes.bias.double().numpy() - module.bias.detach().double().numpy() / codes.bias_scale.double().numpy()
+        bias = module.bias.detach().double().numpy()
+        residual = codes.bias.double().numpy() - bias / codes.bias_scale.double().numpy()
         through_bias = (weights.double().numpy().sum(0) * residual * codes.weight_qparams.scale.double().numpy()).sum()
         assert abs(through_bias) > 1e-5
         assert scale.grad.item() == pytest.approx(through_activation + through_bias, rel=1e-4)
