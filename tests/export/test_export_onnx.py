@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from qbench.errors import ExportError, MissingDependencyError
 from qbench.export import onnx as onnx_export
 from qbench.export import to_onnx
-from qbench.export.onnx import inspect_onnx, open_session
+from qbench.export.onnx import OnnxReport, inspect_onnx, open_session
 from qbench.export.runtimes import run_onnx
 from qbench.passes import quantize_bias
 
@@ -49,19 +50,20 @@ def test_a_plain_session_is_exact_with_the_default_codes(tmp_path: Path) -> None
     assert np.count_nonzero(hand.output_codes(outputs[0], *model.conv.out) != expected["conv"]) == 0
 
 
-def test_a_residual_network_is_fused_whole(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedProgram, str, OnnxReport]:
+    """The small ResNet, its graph before the export, and the report of its file."""
     program = hand.residual()
-    before = str(program.graph), list(program.state_dict)
-    report = to_onnx(program, tmp_path / "net.onnx")
-    assert (str(program.graph), list(program.state_dict)) == before
-    assert report.opset == 19 and report.path == tmp_path / "net.onnx"
-    assert {op: report.nodes[op] for op in ("Conv", "Add", "MaxPool", "GlobalAveragePool", "Gemm")} == {
-        "Conv": 6,
-        "Add": 2,
-        "MaxPool": 1,
-        "GlobalAveragePool": 1,
-        "Gemm": 1,
-    }
+    before = str(program.graph)
+    return program, before, to_onnx(program, tmp_path_factory.mktemp("onnx") / "net.onnx")
+
+
+def test_a_residual_network_is_fused_whole(written: tuple[ExportedProgram, str, OnnxReport]) -> None:
+    program, before, report = written
+    assert str(program.graph) == before, "the caller's program changed"
+    assert report.opset == 19 and report.path.name == "net.onnx"
+    ops = {"Conv": 6, "Add": 2, "MaxPool": 1, "GlobalAveragePool": 1, "Gemm": 1}
+    assert {op: report.nodes[op] for op in ops} == ops
     kernels = {"QLinearConv": 6, "QLinearAdd": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1}
     assert {op: report.runtime.nodes.get(op) for op in kernels} == kernels
     assert report.runtime.nodes["QuantizeLinear"] == report.runtime.nodes["DequantizeLinear"] == 1
@@ -70,8 +72,8 @@ def test_a_residual_network_is_fused_whole(tmp_path: Path) -> None:
     assert len(report.bias.quantized) == 7
 
 
-def test_names_sizes_and_biases_in_the_file(tmp_path: Path) -> None:
-    report = to_onnx(hand.residual(), tmp_path / "net.onnx")
+def test_names_sizes_and_biases_in_the_file(written: tuple[ExportedProgram, str, OnnxReport]) -> None:
+    report = written[2]
     graph = onnx.load(report.path).graph
     onnx.checker.check_model(str(report.path))
     assert [value.name for value in graph.input] == ["image"] and [value.name for value in graph.output] == ["output"]
@@ -85,13 +87,14 @@ def test_names_sizes_and_biases_in_the_file(tmp_path: Path) -> None:
         assert run_onnx(report.path, [[x.numpy()]], 1)[0][0].shape == (count, 10)
 
 
-def test_a_bias_that_is_int32_already_gives_the_same_file(tmp_path: Path) -> None:
-    program = hand.residual()
-    to_onnx(program, tmp_path / "float.onnx")
+@pytest.mark.parametrize("opset", [19, 21])
+def test_a_bias_that_is_int32_already_gives_the_same_codes(tmp_path: Path, opset: int) -> None:
+    program = hand.export(Unfusable(), torch.randn(1, 4, 8, 8))
+    before = to_onnx(program, tmp_path / "float.onnx", opset=opset)
     quantize_bias(program)
-    to_onnx(program, tmp_path / "int.onnx")
-    first, second = tensors(tmp_path / "float.onnx"), tensors(tmp_path / "int.onnx")
-    biases = [sorted(a.tobytes() for a in t.values() if a.dtype == np.int32) for t in (first, second)]
+    after = to_onnx(program, tmp_path / "int.onnx", opset=opset)
+    assert after.opset == opset and after.runtime == before.runtime
+    biases = [sorted(a.tobytes() for a in tensors(r.path).values() if a.dtype == np.int32) for r in (before, after)]
     assert biases[0] == biases[1] and any(biases[0])
 
 
