@@ -165,6 +165,7 @@ def run(job: Job, say: Say = lambda doing: None) -> RunSummary:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     images = data_sets.load(job.data, job.image_size)
+    check_steps(job, images)
     trained = train(job, images, clock)
     with clock("convert", "convert"):
         program = to_program(job, images, trained.model)
@@ -173,6 +174,20 @@ def run(job: Job, say: Say = lambda doing: None) -> RunSummary:
         summary = summarize(job, folder, images, trained, verification, deployed, clock)
         (folder / SUMMARY_FILE).write_text(summary.to_json(), encoding="utf-8")
     return summary
+
+
+def check_steps(job: Job, images: ImageData) -> None:
+    """Make sure that QAT takes a step at all: a quantizer that saw no data has no range.
+
+    Raises:
+        ConfigError: it takes none.
+    """
+    count = len(images.train)  # type: ignore[arg-type]
+    if training.count_steps(count, job.qat_training) == 0:
+        raise ConfigError(
+            f"{job.qat_training.epochs:g} QAT epochs of {count} images in batches of {job.qat_training.batch_size} are "
+            f"no step, and a quantizer that saw no data has no range; --qat-epochs {QAT_TRAINING.epochs:g} is the default"
+        )
 
 
 def train(job: Job, images: ImageData, clock: Clock) -> Trained:

@@ -74,6 +74,8 @@ def quick(nets: Path, out: Path, *more: str) -> list[str]:
         (["--bias-bits", "64"], "a bias of 64 bits"),
         (["--bias-scale", "their_own"], "their_own"),
         (["--epochs", "-1"], "epochs=-1.0: expected a number from 0 on"),
+        (["--qat-epochs", "0"], "0 QAT epochs of 1347 images in batches of 64 are no step"),
+        (["--qat-epochs", "0.01"], "0.01 QAT epochs of 1347 images in batches of 64 are no step"),
         (["--qat-lr", "0"], "lr=0.0: expected a number above 0"),
         (["--batch-size", "1"], "batch_size=1: expected at least 2"),
         (["--image-size", "0"], "image size 0: expected at least 1 pixel"),
