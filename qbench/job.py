@@ -186,7 +186,7 @@ def check_steps(job: Job, images: ImageData) -> None:
     if training.count_steps(count, job.qat_training) == 0:
         raise ConfigError(
             f"{job.qat_training.epochs:g} QAT epochs of {count} images in batches of {job.qat_training.batch_size} are "
-            f"no step, and a quantizer that saw no data has no range; --qat-epochs {QAT_TRAINING.epochs:g} is the default"
+            f"no step: a quantizer that saw no data has no range; the default is --qat-epochs {QAT_TRAINING.epochs:g}"
         )
 
 
