@@ -27,6 +27,7 @@ from qbench.errors import MissingDependencyError, VerificationError
 from qbench.export.runtimes import get_runtime, run_file, run_program
 from qbench.fake_quantize.bias import BiasSpec
 from qbench.graph.constants import Constants, constants_of
+from qbench.graph.edit import module_path
 from qbench.graph.layers import Layer, read_layer, weight_scales
 from qbench.graph.recognise import find_grid, is_dequantize
 from qbench.nn.qat.body import ParameterCodes, QatLayer
@@ -139,12 +140,6 @@ def _program_bias(layer: Layer, constants: Constants, codes: ParameterCodes, spe
     scale = scales if scales.ndim == 0 else layer.per_output(scales)[:, 0]
     on_grid = bias_scale(grid.qparams.scale, scale) if spec.scale == "input_weight" else codes.bias_scale
     return bias_codes(bias, on_grid, spec.bits)[0]
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module whose forward made this node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return list(stack.values())[-1][0] if stack else ""
 
 
 def output_grids(program: torch.export.ExportedProgram) -> list[QParams | None]:

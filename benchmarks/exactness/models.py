@@ -25,16 +25,20 @@ from qbench.models import build_model
 from qbench.report.data import Verification
 
 
+# Ten outputs an image would give too few codes to compare; the digits are the first ten classes.
+OUTPUTS = 1000
+
+
 def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int) -> tuple[nn.Module, torch.Tensor]:
     """A QAT model after `steps` steps of SGD, in eval, and held-out images that no step saw, (batch, 3, size, size)."""
     torch.manual_seed(seed)
     images = data.load("digits", image_size)
-    model = build_model(name, len(images.classes))
+    model = build_model(name, OUTPUTS)
     loader = iter(data.batches(images.train, batch))
     held_out = next(iter(data.batches(images.held_out, batch)))[0]
     pixels, _ = next(loader)
     model = qbench.prepare_qat(qbench.fuse(model), qconfig=qbench.get_qconfig(), example_inputs=(pixels,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
     for _ in range(steps):
         pixels, labels = next(loader)
         optimizer.zero_grad()

@@ -27,6 +27,7 @@ from qbench.export.files import check_destination, write_bytes
 from qbench.export.program import check_program, copy_program, quiet
 from qbench.export.xnnpack_form import to_xnnpack_form
 from qbench.graph.dialect import overload
+from qbench.graph.recognise import is_dequantize
 
 _EXTRA = "executorch"
 _PURPOSE = "write ExecuTorch files"
@@ -137,7 +138,7 @@ def to_executorch(program: ExportedProgram, path: str | os.PathLike[str]) -> Exe
 def _check_float_bias(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         bias = graphs.bias_of(node)
-        if bias is not None and graphs.is_any_dequantize(bias):
+        if bias is not None and is_dequantize(bias):
             raise ExportError(
                 f"the bias of {node.name} is stored in int32 and XNNPACK takes float biases only: give the program "
                 "that convert returned to to_executorch, and run passes.quantize_bias on another copy"

@@ -9,7 +9,7 @@ order           Q(max(x, a)) = max(Q(x), Q(a))   so a clamp may stand on either 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from qbench.graph.dialect import argument, node_argument, packet
+from qbench.graph.edit import insert_call, refresh
 from qbench.graph.qdq import quantized_decomposed
 from qbench.graph.scale_preserving import grid_source
 
@@ -61,22 +62,9 @@ def is_activation_dequantize(node: object) -> bool:
     return is_dequantize(node) and node.args[0].op == "call_function"  # type: ignore[attr-defined]
 
 
-def insert_after(anchor: fx.Node, target: Callable[..., Any], args: Sequence[Any]) -> fx.Node:
+def insert_after(anchor: fx.Node, target: Any, args: Sequence[Any]) -> fx.Node:
     """Insert a call after `anchor`, with the fake value and the module path that a program's nodes carry."""
-    graph = anchor.graph
-    with graph.inserting_after(anchor):
-        node = graph.call_function(target, tuple(args))
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", "torch_fn"):
-        if key in anchor.meta:
-            node.meta[key] = anchor.meta[key]
-    refresh(node)
-    return node
-
-
-def refresh(node: fx.Node) -> None:
-    """Recompute the fake value of a node whose arguments changed."""
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])
-    node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return insert_call(anchor.next, target, args, neighbour=anchor, origin=anchor)
 
 
 def requantize_after(node: fx.Node, dequantize: fx.Node) -> fx.Node:
@@ -234,7 +222,7 @@ def _give_own_codes(program: ExportedProgram, quantize: fx.Node) -> None:
         return
     parameters = quantize.args[1:]
     real = insert_after(quantize, quantized_decomposed().dequantize_per_tensor.default, (quantize, *parameters))
-    codes = insert_after(real, quantize.target, (real, *parameters))  # type: ignore[arg-type]
+    codes = insert_after(real, quantize.target, (real, *parameters))
     for reader in readers:
         reader.replace_input_with(quantize, codes)
     if any(reader.op == "output" for reader in readers):
@@ -247,13 +235,6 @@ def finish(program: ExportedProgram) -> ExportedProgram:
     program.graph.lint()
     program.graph_module.recompile()
     return program
-
-
-def is_any_dequantize(node: object) -> bool:
-    """Whether the node is a dequantize op, per tensor or per channel."""
-    ops = quantized_decomposed()
-    targets = (ops.dequantize_per_tensor.default, ops.dequantize_per_channel.default)
-    return isinstance(node, fx.Node) and node.target in targets
 
 
 def bias_of(node: fx.Node) -> fx.Node | None:

@@ -15,6 +15,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from qbench.export import graphs
+from qbench.graph.edit import refresh
 
 aten = torch.ops.aten
 
@@ -52,16 +53,16 @@ def flatten_linears(program: ExportedProgram) -> int:
 
 def _tails(node: fx.Node) -> list[fx.Node]:
     """The dequantize nodes of `node → clamps → q → dq`, else the last node of that chain; fake values refreshed."""
-    graphs.refresh(node)
+    refresh(node)
     while len(node.users) == 1 and graphs.clamp_bounds(reader := next(iter(node.users))) is not None:
         node = reader
-        graphs.refresh(node)
+        refresh(node)
     if len(node.users) != 1 or not graphs.is_quantize(reader := next(iter(node.users))):
         return [node]
     if not all(graphs.is_dequantize(user) for user in reader.users):
         return [node]
     for changed in (reader, *reader.users):
-        graphs.refresh(changed)
+        refresh(changed)
     return list(reader.users)
 
 

@@ -72,7 +72,7 @@ def _bounds_on_grid(quantize: fx.Node, bounds: tuple[float, float]) -> tuple[flo
 def _requantize(quantize: fx.Node, source: fx.Node) -> fx.Node:
     """Codes of the full range between an op and its clamp, then reals again; the dequantize node is returned."""
     parameters = (*quantize.args[1:3], *graphs.full_range(quantize.args[5]), quantize.args[5])  # type: ignore[arg-type]
-    codes = graphs.insert_after(source, quantize.target, (source, *parameters))  # type: ignore[arg-type]
+    codes = graphs.insert_after(source, quantize.target, (source, *parameters))
     return graphs.insert_after(codes, quantized_decomposed().dequantize_per_tensor.default, (codes, *parameters))
 
 

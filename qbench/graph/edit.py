@@ -24,20 +24,23 @@ def insert_call(
     kwargs: Mapping[str, Any] | None = None,
     *,
     neighbour: fx.Node | None = None,
+    origin: fx.Node | None = None,
 ) -> fx.Node:
     """Insert a call of `operator` before a node and return its node.
 
     Args:
-        before: Where; the new node is said to come from the same module.
+        before: Where.
         operator: An aten or quantized_decomposed overload.
         args: Its arguments, nodes and literals.
         kwargs: Its keyword arguments.
         neighbour: A node of the dialect to write, `before` by default.
+        origin: A node of the module that the new one is said to come from, `before` by default.
     """
     target = like(operator, (neighbour or before).target)
+    origin = origin or before
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, tuple(args), dict(kwargs or {}))
-    node.meta.update({key: before.meta[key] for key in _ORIGIN if key in before.meta})
+    node.meta.update({key: origin.meta[key] for key in _ORIGIN if key in origin.meta})
     refresh(node)
     return node
 

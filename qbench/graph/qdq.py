@@ -11,7 +11,7 @@ same schemas are defined here only where nothing else offers them. Nothing happe
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
 from typing import Any
 
@@ -44,17 +44,15 @@ def _is_registered() -> bool:
     return all(hasattr(torch.ops.quantized_decomposed, name) for name in _SCHEMAS)
 
 
-@functools.cache
 def _register() -> None:
+    if _is_registered():
+        return
     for module in _DEFINING_MODULES:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
         if _is_registered():
             return
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError:
-            continue
-    if not _is_registered():
-        define_operators(torch.library.Library("quantized_decomposed", "DEF"))
+    define_operators(torch.library.Library("quantized_decomposed", "DEF"))
 
 
 def define_operators(library: torch.library.Library) -> None:

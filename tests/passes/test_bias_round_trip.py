@@ -72,8 +72,6 @@ def trained_codes(model: nn.Module) -> dict[str, list[int]]:
 def test_upstream_gives_the_trained_codes(trained: Any, form: str) -> None:
     model, program, _ = trained
     theirs = copy.deepcopy(program) if form == "program" else program.module()
-    if form == "program" and any(key.endswith("bias") for key in program.graph_signature.buffers):
-        pytest.xfail("in a program, ExecuTorch's pass reads biases that are parameters, and convert makes them buffers")
     run_upstream(theirs)
     constants = constants_of(theirs)
     expected = trained_codes(model)

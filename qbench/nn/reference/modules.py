@@ -90,7 +90,8 @@ class ReferenceLayer(ReferenceModule):
         self.register_buffer("weight_codes", codes.weight)
         self.register_buffer("weight_scale", grid.scale)
         self.register_buffer("weight_zero_point", grid.zero_point.to(torch.int64))
-        self.register_buffer("bias", codes.bias_value)
+        # A parameter, not a buffer: ExecuTorch's own bias pass reads only parameters of a program.
+        self.bias = nn.Parameter(codes.bias_value, requires_grad=False)
         self.weight_grid = (grid.axis, grid.qmin, grid.qmax, grid.dtype)
         self.per_tensor_grid = None if grid.axis is not None else QuantizeDequantize(grid).grid
         before = qat.pre_activation_quantizer
@@ -108,9 +109,9 @@ class ReferenceLayer(ReferenceModule):
             self.weight_codes, self.weight_scale, self.weight_zero_point, axis, qmin, qmax, dtype
         )
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
         """Input -> output on its grid."""
-        (x,) = self.quantized_inputs((x,))
+        (x,) = self.quantized_inputs((input,))
         y = self.call(x, self.weight(), self.bias, *args)
         if self.pre_activation is not None:
             y = self.pre_activation(y)
