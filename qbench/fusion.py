@@ -166,7 +166,10 @@ def _fuse_tree(
 ) -> nn.Module:
     if id(module) in done:
         return done[id(module)]
-    for name, child in list(module.named_children()):
+    # Not named_children, which leaves out the second name of a child.
+    for name, child in list(module._modules.items()):
+        if child is None:
+            continue
         # setattr keeps the position in the module's order.
         setattr(module, name, _fuse_tree(child, f"{path}.{name}" if path else name, places, notes, done))
     result = _fuse_one(module, path, places, notes) if _has_own_forward(module) else module
@@ -324,7 +327,10 @@ class _Editor:
             if made is None:
                 continue
             replacement, inputs, last = made
-            name = self._free_name(node.name.strip("_"))
+            name = node.name.strip("_")
+            if node.target in (operator.iadd, operator.imul):
+                name = name.removeprefix("i")  # x += y is named like x + y
+            name = self._free_name(name)
             self.module.add_module(name, replacement.train(self.module.training))
             with self.graph.inserting_before(node):
                 call = self.graph.call_module(name, inputs)

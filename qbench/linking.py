@@ -50,6 +50,7 @@ class Links:
         self.seen.setdefault(module, {}).setdefault(index, {})[producer] = None
 
 
+@torch.inference_mode(False)
 def link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> LinkResult:
     """Record forwards of a prepared model and connect every QAT module to the quantizers of its inputs, in place.
 
@@ -62,14 +63,19 @@ def link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]
     """
     modules = {name: m for name, m in model.named_modules() if isinstance(m, QatModule)}
     links = Links()
+    calls = torch.utils._pytree.tree_map_only(Tensor, _with_version, calls)
     with _quiet(model, modules.values()):
         for args, kwargs in calls:
             _record(model, modules.values(), links, args, kwargs)
-        if any(module not in links.seen for module in modules.values()):
-            # Auxiliary heads run in training only: show containers training mode, but no BatchNorm and no dropout.
+        missing = [module for module in modules.values() if module not in links.seen]
+        if missing:
+            # Auxiliary heads run in training only: show containers training mode, but no BatchNorm and no dropout. What
+            # was reached before is not looked at again: functional dropout is no part of what is deployed.
+            late = Links()
             with _containers_in_training(model):
                 for args, kwargs in calls:
-                    _record(model, modules.values(), links, args, kwargs)
+                    _record(model, modules.values(), late, args, kwargs)
+            links.seen.update({module: late.seen[module] for module in missing if module in late.seen})
     return _connect(model, modules, links)
 
 
@@ -88,11 +94,20 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.tags: Any = WeakTensorKeyDictionary()
+        self.written: list[tuple[Tensor, Producer]] = []
 
     def tag(self, tensor: Tensor, producer: Producer) -> None:
+        self.settle()
         self.tags[tensor] = (producer, tensor._version)
 
+    def settle(self) -> None:
+        """Tag what the last operator wrote to: its version moved after its dispatch."""
+        for tensor, producer in self.written:
+            self.tags[tensor] = (producer, tensor._version)
+        self.written.clear()
+
     def producer(self, tensor: Tensor) -> Producer | None:
+        self.settle()
         producer, version = self.tags.get(tensor, (None, None))
         return producer if version == tensor._version else None
 
@@ -105,12 +120,15 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.settle()
         tag = self._output_tag(func, args, kwargs)  # before the call: an in-place operator changes the version
         out = func(*args, **kwargs)
         if tag is not None:
             for tensor in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     self.tag(tensor, tag)
+                    if func._schema.is_mutable:
+                        self.written.append((tensor, tag))  # after tag, which settles
         return out
 
     def _output_tag(self, func: Any, args: Any, kwargs: Any) -> Producer | None:
@@ -131,8 +149,8 @@ def _record(
 ) -> None:
     recorder = _Recorder()
 
-    def before(module: Any, inputs: tuple[Any, ...]) -> None:
-        for index, tensor in enumerate(t for t in inputs if isinstance(t, Tensor)):
+    def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        for index, tensor in enumerate(t for t in (*inputs, *named.values()) if isinstance(t, Tensor)):
             links.add(module, index, recorder.producer_or_source(tensor, "an input of the model, or made in float"))
 
     def after(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,7 +159,7 @@ def _record(
     with contextlib.ExitStack() as stack:
         for module in modules:
             for handle in (
-                module.register_forward_pre_hook(before, prepend=True),
+                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
                 module.output_quantizer.register_forward_hook(after),
             ):
                 stack.callback(handle.remove)
@@ -249,8 +267,15 @@ def _group(names: dict[QatModule, str], links: Links) -> _Groups:
     return groups
 
 
+def _with_version(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode and has no version counter."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def _like(module: QatModule) -> FakeQuantize:
     quantizer = module.qconfig.make_activation().train(module.training)
+    quantizer.observer_enabled = module.output_quantizer.observer_enabled
+    quantizer.fake_quant_enabled = module.output_quantizer.fake_quant_enabled
     return quantizer.to(next((b.device for b in module.output_quantizer.buffers()), "cpu"))
 
 

@@ -182,7 +182,10 @@ def _swap(
         if reason:
             left.append(LeftInFloat(path, type(module).__name__, reason))
         if not isinstance(module, Fused) or qconfig is None:
-            for name, child in list(module.named_children()):
+            # Not named_children, which leaves out the second name of a child.
+            for name, child in list(module._modules.items()):
+                if child is None:
+                    continue
                 below = f"{path}.{name}" if path else name
                 swapped = _swap(child, below, qconfig, known, quantized, left, done)
                 if swapped is not child:
@@ -212,6 +215,7 @@ def _move_hooks(module: nn.Module, qat: nn.Module) -> None:
             qat._forward_hooks.update(holder._forward_hooks)
             qat._forward_hooks_with_kwargs.update(holder._forward_hooks_with_kwargs)
     qat._backward_hooks.update(module._backward_hooks)
+    qat._is_full_backward_hook = module._is_full_backward_hook
     qat._backward_pre_hooks.update(module._backward_pre_hooks)
 
 

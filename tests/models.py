@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import qbench
+from qbench.errors import QBenchWarning
+from qbench.fake_quantize import FakeQuantize
 from qbench.nn.intrinsic import Fused
 from qbench.nn.qat.body import QatModule
 
@@ -45,6 +50,19 @@ class SmallNet(nn.Module):
         y += x
         y = self.relu(y)
         return self.fc(torch.flatten(self.gap(y), 1))
+
+
+class Calls(nn.Module):
+    """A forward that is a function of the module: one line a case."""
+
+    def __init__(self, forward: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.call = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self, x)
 
 
 class Branchy(nn.Module):
@@ -159,6 +177,14 @@ def leaves(out: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Silence about quantizers that have seen no data."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="quantizer .* has seen no data", category=QBenchWarning)
+        yield
+
+
 def train(model: nn.Module, *inputs: Any, steps: int = 5, rate: float = 0.05, momentum: float = 0.5) -> nn.Module:
     """Some steps that move weights and statistics, towards outputs that follow from nothing; returns `model` in eval.
 
@@ -170,13 +196,37 @@ def train(model: nn.Module, *inputs: Any, steps: int = 5, rate: float = 0.05, mo
             module.momentum = momentum
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     generator = torch.Generator().manual_seed(11)
-    targets = [torch.randn(out.shape, generator=generator) for out in leaves(evaluate(model, *inputs))]
+    with unobserved():
+        targets = [torch.randn(out.shape, generator=generator) for out in leaves(evaluate(model, *inputs))]
     for _ in range(steps):
         optimizer.zero_grad()
         sum(F.mse_loss(out, target) for out, target in zip(leaves(model(*inputs)), targets, strict=True)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model.eval()
+
+
+def quantizer_names(model: nn.Module) -> dict[FakeQuantize, str]:
+    """The first path of every quantizer."""
+    return {module: name for name, module in model.named_modules() if isinstance(module, FakeQuantize)}
+
+
+def links(model: nn.Module) -> dict[str, tuple[str, ...] | None]:
+    """Path of every QAT module → paths of the quantizers of its inputs."""
+    names = quantizer_names(model)
+    return {
+        path: None if module.sources is None else tuple(names[source] for source in module.sources)
+        for path, module in model.named_modules()
+        if isinstance(module, QatModule)
+    }
+
+
+def assert_exact(model: nn.Module, program: torch.export.ExportedProgram, *inputs: Any) -> None:
+    """The model in eval and its program give the same bits, and the program holds the codes of training."""
+    expected, found = leaves(evaluate(model, *inputs)), leaves(program.module()(*inputs))
+    assert len(expected) == len(found) > 0
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other), f"{int((one != other).sum())} of {one.numel()} values differ"
 
 
 def prepared(model: nn.Module, *inputs: Any, **options: Any) -> nn.Module:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import (
     Branchy,
+    Calls,
     DropsInTraining,
     Gated,
     SmallNet,
@@ -34,19 +35,6 @@ import qbench.nn.intrinsic as nni
 from qbench import mappings
 from qbench._torchvision import classification_model, import_torchvision
 from qbench.errors import FusionError
-
-
-class Calls(nn.Module):
-    """A forward that is a function of the module: one line a case."""
-
-    def __init__(self, forward: Callable[..., Any], **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.call = forward
-
-    def forward(self, x: Tensor) -> Any:
-        return self.call(self, x)
 
 
 def values(model: nn.Module) -> Counter[bytes]:

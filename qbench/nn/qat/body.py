@@ -132,6 +132,7 @@ class QatModule(nn.Module):
         """
         self._sources = sources
         self.input_quantizers = nn.ModuleDict({str(i): sources[i] for i in owned} if sources else {})
+        self.input_quantizers.training = self.training
 
     @property
     def sources(self) -> tuple[FakeQuantize, ...] | None:
