@@ -444,7 +444,10 @@ class QatLayer(QatModule):
 
 
 # Attributes of a QAT module that its float form does not have.
-_OWN_STATE = frozenset({"qconfig", "_sources", "bn_frozen"})
+# (`bn` and its like are plain attributes where they are None).
+_OWN_STATE = frozenset(
+    {"qconfig", "_sources", "bn", "bn_frozen", "activation_module", "pre_activation_quantizer"}
+)
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
 
