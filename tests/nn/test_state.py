@@ -218,7 +218,7 @@ class TestDevicesAndTypes:
 class TestAutocast:
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_bfloat16_trains(self, case: Case) -> None:
-        layer, module = make_layer(case)
+        layer, _ = make_layer(case)
         layer.train()
         x = batch(case.shape, seed=4)
         plain = copy.deepcopy(layer)
