@@ -70,7 +70,7 @@ def insert_after(anchor: fx.Node, target: Any, args: Sequence[Any]) -> fx.Node:
 def requantize_after(node: fx.Node, dequantize: fx.Node) -> fx.Node:
     """Insert a q–dq pair with the parameters of `dequantize` after `node`; returns the new dequantize node."""
     codes = insert_after(node, quantized_decomposed().quantize_per_tensor.default, (node, *dequantize.args[1:]))
-    return insert_after(codes, dequantize.target, (codes, *dequantize.args[1:]))  # type: ignore[arg-type]
+    return insert_after(codes, dequantize.target, (codes, *dequantize.args[1:]))
 
 
 def replace_everywhere(program: ExportedProgram, old: fx.Node, new: fx.Node) -> None:
