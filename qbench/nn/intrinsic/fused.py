@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qbench.errors import FusionError
@@ -36,7 +36,8 @@ class Fused(nn.Sequential):
             given = ", ".join(type(part).__name__ for part in parts)
             raise FusionError(f"{cls.__name__}({given}): expected {cls.__name__}({cls.describe()})")
         for linear, bn in itertools.pairwise(parts):
-            if isinstance(bn, _BatchNorm):
+            # A BatchNorm with fixed statistics is no `_BatchNorm`, but has the same attributes.
+            if isinstance(bn, _BatchNorm) or isinstance(getattr(bn, "running_mean", None), Tensor):
                 _check_foldable(cls.__name__, linear, bn)
 
     @classmethod
@@ -55,16 +56,16 @@ def matches_part(module: Any, part: PartType) -> bool:
     return type(module) in as_types(part)
 
 
-def _check_foldable(wrapper: str, linear: nn.Module, bn: _BatchNorm) -> None:
+def _check_foldable(wrapper: str, linear: nn.Module, bn: Any) -> None:
     if bn.running_mean is None or bn.running_var is None:
         raise FusionError(
             f"{wrapper}: {bn} has no running statistics, so there is nothing to fold; make it with "
             "track_running_stats=True"
         )
     channels = getattr(linear, "out_channels", getattr(linear, "out_features", None))
-    if channels is not None and channels != bn.num_features:
+    if channels is not None and channels != len(bn.running_mean):
         raise FusionError(
             f"{wrapper}: {type(linear).__name__} puts out {channels} channels, {type(bn).__name__} has "
-            f"{bn.num_features}; "
+            f"{len(bn.running_mean)}; "
             "they must be equal"
         )
