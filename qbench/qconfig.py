@@ -66,6 +66,7 @@ class QConfig:
         fill = object.__setattr__  # the one place where a frozen config is written: while it is made
         fill(self, "activation", _as_config(self.activation, target.activation, MovingAverageMinMaxObserver))
         fill(self, "weight", _as_config(self.weight, target.weight, LatestMinMaxObserver))
+        _check_roles(self)
         _check_target(self, target)
 
     @property
@@ -148,6 +149,27 @@ def _made(config: QuantizerConfig | QSpec | str) -> QuantizerConfig:
     if not isinstance(config, QuantizerConfig):
         raise ConfigError(f"QConfig: {config!r} was set after the config was made; make a new one instead")
     return config
+
+
+def _check_roles(config: QConfig) -> None:
+    activation, weight = _made(config.activation), _made(config.weight)
+    if activation.spec.axis is not None:
+        raise ConfigError(
+            f"activation {activation.spec}: an activation has one scale, as hardware accumulates over its channels; "
+            "QSpec(axis=None)"
+        )
+    if activation.observer.stateless:
+        raise ConfigError(
+            f"activation: {activation.observer.__name__} keeps no range, so there would be nothing to deploy; "
+            "MovingAverageMinMaxObserver does"
+        )
+    if not weight.observer.stateless and not weight.fake_quantize.learned:
+        raise ConfigError(
+            f"weight: {weight.observer.__name__} keeps a range of what it saw, but the codes of a weight follow from "
+            "the weight at hand; QuantizerConfig(spec, LatestMinMaxObserver), or the QSpec alone"
+        )
+    if not isinstance(config.bias, BiasSpec):
+        raise ConfigError(f"QConfig: bias {config.bias!r} is not a BiasSpec; BiasSpec(bits=32) works")
 
 
 def _check_target(config: QConfig, target: targets.Target) -> None:
