@@ -32,6 +32,6 @@ def get(name: str | Target) -> Target:
     for target in TARGETS:
         if target.name == name:
             return target
-    near = difflib.get_close_matches(str(name), names(), n=1)
+    near = difflib.get_close_matches(str(name).lower(), names(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"target {name!r} is unknown; expected one of {', '.join(names())}{hint}")
