@@ -441,9 +441,12 @@ def _is_tensor(value: Any) -> bool:
 
 def _wrap(wrapper: type[Fused], parts: tuple[nn.Module, ...], path: str) -> Fused:
     try:
-        return wrapper(*parts)
+        made = wrapper(*parts)
     except FusionError as error:
         raise FusionError(f"{path}: {error}") from None
+    if "qconfig" in vars(parts[0]):
+        made.qconfig = parts[0].qconfig  # what was said of the layer holds for the wrapper that takes its place
+    return made
 
 
 def _install(model: nn.Module, names: Sequence[str], wrapper: Fused) -> None:

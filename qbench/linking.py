@@ -164,7 +164,7 @@ def _record(
             ):
                 stack.callback(handle.remove)
         stack.enter_context(recorder)
-        model.forward(*args, **kwargs)
+        model(*args, **kwargs)
 
 
 @contextlib.contextmanager

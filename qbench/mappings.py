@@ -118,8 +118,8 @@ def register_pattern(qat_class: type[QatModule]) -> type[QatModule]:
             f"register_pattern({qat_class.__name__}): {float_type.__name__} names no part_types; for example "
             "part_types = (nn.Conv2d, nn.BatchNorm2d, nn.Hardswish)"
         )
-    _REGISTERED[:] = [known for known in _REGISTERED if _name(known) != _name(qat_class)]
-    for known in qat_classes():
+    others = [known for known in _REGISTERED if _name(known) != _name(qat_class)]
+    for known in (*others, *QAT_CLASSES):
         if known is not qat_class and _chains(known) & _chains(qat_class):
             raise ConfigError(
                 f"register_pattern({qat_class.__name__}): {known.__name__} already handles "
@@ -127,7 +127,7 @@ def register_pattern(qat_class: type[QatModule]) -> type[QatModule]:
                 f"another class for it in one model, prepare_qat(model, mapping={{{known.float_type.__name__}: "
                 f"{qat_class.__name__}}})"
             )
-    _REGISTERED.append(qat_class)
+    _REGISTERED[:] = [*others, qat_class]
     return qat_class
 
 

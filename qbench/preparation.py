@@ -59,7 +59,7 @@ def prepare_qat(
     model = model if inplace else copy.deepcopy(model)
     if qconfig is not None:
         model.qconfig = qconfig  # type: ignore[assignment]
-    if not any(isinstance(m.__dict__.get("qconfig"), QConfig) for m in model.modules()):
+    if all(m.__dict__.get("qconfig") is None for m in model.modules()):
         raise PreparationError(
             "prepare_qat: neither the model nor any of its modules has a qconfig; set model.qconfig = "
             "qbench.get_qconfig() or "
@@ -181,7 +181,7 @@ def _swap(
         reason = _reason_for_float(module, qat_type, qconfig)
         if reason:
             left.append(LeftInFloat(path, type(module).__name__, reason))
-        if not isinstance(module, Fused) or qconfig is None:
+        if not isinstance(module, Fused):
             # Not named_children, which leaves out the second name of a child.
             for name, child in list(module._modules.items()):
                 if child is None:
@@ -205,18 +205,25 @@ def _make_qat(module: nn.Module, path: str, qat_type: type[QatModule], qconfig: 
 
 
 def _move_hooks(module: nn.Module, qat: nn.Module) -> None:
-    """Hooks of the module, and of a wrapper's first (before) and last part (after), which are not called any more."""
-    holders = (module[0], module, module[-1]) if isinstance(module, Fused) else (module,)
-    for holder in dict.fromkeys(holders):
-        if holder is module or holder is holders[0]:
-            qat._forward_pre_hooks.update(holder._forward_pre_hooks)
-            qat._forward_pre_hooks_with_kwargs.update(holder._forward_pre_hooks_with_kwargs)
-        if holder is module or holder is holders[-1]:
-            qat._forward_hooks.update(holder._forward_hooks)
-            qat._forward_hooks_with_kwargs.update(holder._forward_hooks_with_kwargs)
-    qat._backward_hooks.update(module._backward_hooks)
+    """Give the QAT module the hooks of the module, in the order in which they ran.
+
+    Of a wrapper's parts, the layer and a BatchNorm are no modules that are called any more: hooks before the first and
+    after the last part become the wrapper's own. An activation is still called and keeps its hooks.
+    """
+    parts = list(module) if isinstance(module, Fused) else []
+    last = [] if parts and parts[-1] is qat.activation_module else parts[-1:]
+    for holder in (module, *parts[:1]):
+        _take(qat, holder, "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    for holder in (*last, module):
+        _take(qat, holder, "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    _take(qat, module, "_backward_hooks", "_backward_pre_hooks")
     qat._is_full_backward_hook = module._is_full_backward_hook
-    qat._backward_pre_hooks.update(module._backward_pre_hooks)
+
+
+def _take(target: nn.Module, source: nn.Module, *names: str) -> None:
+    for name in names:
+        getattr(target, name).update(getattr(source, name))
+        getattr(source, name).clear()
 
 
 # They move, select or clip values to a bound that every grid has: nothing to quantize.

@@ -190,7 +190,6 @@ def train(model: nn.Module, *inputs: Any, steps: int = 5, rate: float = 0.05, mo
 
     BatchNorm's momentum is raised, so that the statistics fit the weights after few steps.
     """
-    model.train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = momentum
@@ -198,6 +197,7 @@ def train(model: nn.Module, *inputs: Any, steps: int = 5, rate: float = 0.05, mo
     generator = torch.Generator().manual_seed(11)
     with unobserved():
         targets = [torch.randn(out.shape, generator=generator) for out in leaves(evaluate(model, *inputs))]
+    model.train()
     for _ in range(steps):
         optimizer.zero_grad()
         sum(F.mse_loss(out, target) for out, target in zip(leaves(model(*inputs)), targets, strict=True)).backward()

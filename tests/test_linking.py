@@ -206,8 +206,9 @@ def test_a_layer_on_pyramid_levels_has_one_quantizer_for_its_input() -> None:
 
 
 def test_a_branch_that_passes_the_input_on_is_quantized_at_the_consumer() -> None:
-    model = prepare(Calls(lambda m, x: m.b(m.a(x) if x.shape[2] > 6 else x), a=nn.Conv2d(3, 3, 3), b=nn.Conv2d(3, 4, 1)),
-                    (images(),), (images(size=6),))  # fmt: skip
+    layers = {"a": nn.Conv2d(3, 3, 3), "b": nn.Conv2d(3, 4, 1)}
+    model = Calls(lambda m, x: m.b(m.a(x) if x.shape[2] > 6 else x), **layers)
+    model = prepare(model, (images(),), (images(size=6),))
     assert model.b.sources == (model.a.output_quantizer,)
     train(model, images(), steps=2)
     train(model, images(size=6), steps=1)

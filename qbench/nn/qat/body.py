@@ -255,9 +255,9 @@ class QatLayer(QatModule):
         bn = rest.pop(0) if rest and is_batch_norm(type(rest[0])) else None
         if len(rest) > 1:
             raise FusionError(
-                f"{type(self).__name__}: {self.float_type.__name__} has parts {type(self.float_type).__name__} beyond "
-                "a "
-                "BatchNorm and one activation; a chain is a layer, then at most a BatchNorm, then at most an activation"
+                f"{type(self).__name__}: {self.float_type.__name__} ends in "
+                f"{', '.join(type(part).__name__ for part in rest)}; a chain is a layer, then at most a BatchNorm, then "
+                "at most an activation"
             )
         self._complete(bn, rest[0] if rest else None, qconfig)
 

@@ -1,0 +1,282 @@
+"""The one table of QAT classes and patterns, and patterns of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import assert_exact, conv_bn, images, prepared
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import qbench
+import qbench.nn.intrinsic as nni
+import qbench.nn.intrinsic.qat as nniqat
+import qbench.nn.qat as nnqat
+from qbench import mappings
+from qbench.errors import ConfigError, FusionError
+from qbench.nn.qat.body import QatLayer, QatModule
+
+
+@pytest.fixture(autouse=True)
+def own_patterns_only() -> Iterator[None]:
+    """Each test starts without registered patterns, and takes its own away."""
+    before, mappings._REGISTERED[:] = list(mappings._REGISTERED), []
+    yield
+    mappings._REGISTERED[:] = before
+
+
+# What comes with qbench.
+
+
+@pytest.mark.parametrize("kind", mappings.QAT_CLASSES, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_every_class_is_importable_and_extends_the_layer_that_it_quantizes(kind: type[QatModule]) -> None:
+    module = nniqat if issubclass(kind.float_type, nni.Fused) else nnqat
+    assert getattr(module, kind.__name__) is kind
+    assert mappings.default_mapping()[kind.float_type] is kind
+    if not issubclass(kind, QatLayer):
+        assert issubclass(kind, kind.float_type)
+        return
+    assert issubclass(kind, kind.linear_type)
+    if issubclass(kind.float_type, nni.Fused):
+        assert kind.float_type is getattr(nni, kind.__name__)
+        assert kind.float_type in mappings.wrappers()
+        first = kind.float_type.part_types[0]
+        assert first is kind.linear_type
+        activation = kind.float_type.part_types[-1]
+        has_activation = isinstance(activation, tuple)
+        assert (kind.activation is not None) == has_activation
+        assert (kind.bn_type() is not None) == (len(kind.float_type.part_types) - has_activation == 2)
+
+
+def test_each_float_type_has_one_class_and_long_chains_come_first() -> None:
+    floats = [kind.float_type for kind in mappings.QAT_CLASSES]
+    assert len(set(floats)) == len(floats)
+    lengths = [len(wrapper.part_types) for wrapper in mappings.wrappers()]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_the_functions_of_activations_compute_what_the_modules_do() -> None:
+    x = torch.linspace(-4, 8, 101)
+    for call, kind in mappings.ACTIVATION_CALLS.items():
+        found = getattr(x.clone(), call)() if isinstance(call, str) else call(x.clone())
+        assert torch.equal(found, kind()(x)), call
+
+
+@pytest.mark.parametrize("call", mappings.TENSOR_OPS, ids=str)
+def test_the_functions_of_two_tensors_compute_what_the_modules_do(call: Any) -> None:
+    x, y = torch.randn(2, 50)
+    found = getattr(x.clone(), call)(y) if isinstance(call, str) else call(x.clone(), y)
+    assert torch.equal(found, mappings.TENSOR_OPS[call]()(x, y))
+
+
+# Patterns of the user's own.
+
+
+class ConvBnHardswish2d(nni.Fused):
+    """Not computed inside a convolution by any target: quantized before the activation, too."""
+
+    part_types = (nn.Conv2d, nn.BatchNorm2d, nn.Hardswish)
+
+
+class QatConvBnHardswish2d(nniqat.ConvBn2d):
+    """Its QAT form."""
+
+    float_type = ConvBnHardswish2d
+    activation = nn.Hardswish
+
+
+class ConvBnMish2d(nni.Fused):
+    """A chain of the user's."""
+
+    part_types = (nn.Conv2d, nn.BatchNorm2d, nn.Mish)
+
+
+class QatConvBnMish2d(nniqat.ConvBn2d):
+    """Its QAT form."""
+
+    float_type = ConvBnMish2d
+    activation = nn.Mish
+
+
+PATTERNS = [(QatConvBnHardswish2d, nn.Hardswish, F.hardswish), (QatConvBnMish2d, nn.Mish, F.mish)]
+
+
+class Net(nn.Module):
+    """The chain with the activation as a module and as a function."""
+
+    def __init__(self, activation: type[nn.Module], function: Any) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(3, 8)
+        self.conv2, self.bn2 = conv_bn(8, 8, groups=8)
+        self.act = activation()
+        self.function = function
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(x)))
+        return self.head(self.function(self.bn2(self.conv2(x))))
+
+
+@pytest.mark.parametrize(("qat_class", "activation", "function"), PATTERNS, ids=["hardswish", "mish"])
+def test_a_pattern_is_fused_trained_and_exact_after_convert(
+    qat_class: type[QatLayer], activation: type[nn.Module], function: Any
+) -> None:
+    assert qbench.register_pattern(qat_class) is qat_class
+    model = Net(activation, function)
+    fused = qbench.fuse(model)
+    assert type(fused.conv1) is type(fused.conv2) is qat_class.float_type
+    qat = prepared(model, images())
+    assert type(qat.conv1) is type(qat.conv2) is qat_class
+    assert qbench.preparation_report(qat).left_in_float == ()
+    # No target computes it inside the convolution, so it reads codes.
+    assert qat.conv1.pre_activation_quantizer.seen_data
+    assert_exact(qat, qbench.convert(qat, (images(),)), images(seed=3))
+    restored = qat.conv1.to_float()
+    assert type(restored) is qat_class.float_type
+    assert torch.equal(restored[0].weight, qat.conv1.weight)
+
+
+def test_by_hand_and_without_registration() -> None:
+    with pytest.raises(FusionError, match="no pattern is"):
+        qbench.fuse_modules(Net(nn.Mish, F.mish), ["conv1", "bn1", "act"])
+    qbench.register_pattern(QatConvBnMish2d)
+    fused = qbench.fuse_modules(Net(nn.Mish, F.mish), ["conv1", "bn1", "act"])
+    assert type(fused.conv1) is ConvBnMish2d
+
+
+def test_a_pattern_is_looked_for_before_shorter_ones_and_others_stay() -> None:
+    qbench.register_pattern(QatConvBnMish2d)
+    model = nn.Sequential(*conv_bn(3, 4), nn.Mish(), *conv_bn(4, 4), nn.ReLU(), *conv_bn(4, 4))
+    fused = qbench.fuse(model)
+    assert [type(part) for part in fused if not isinstance(part, nn.Identity)] == [
+        ConvBnMish2d,
+        nni.ConvBnReLU2d,
+        nni.ConvBn2d,
+    ]
+
+
+def test_a_wrapper_whose_class_is_gone_is_left_in_float_and_reported() -> None:
+    qbench.register_pattern(QatConvBnMish2d)
+    fused = qbench.fuse(Net(nn.Mish, F.mish))
+    mappings._REGISTERED.clear()
+    qat = qbench.prepare_qat(fused, qconfig=qbench.get_qconfig())
+    left = {found.path: found.reason for found in qbench.preparation_report(qat).left_in_float}
+    assert set(left) == {"conv1", "conv2"}
+    assert "qbench.register_pattern" in left["conv1"]
+
+
+def test_a_cell_that_is_run_twice_replaces_its_class() -> None:
+    for _ in range(2):
+
+        @qbench.register_pattern
+        class Again(nniqat.ConvBn2d):
+            float_type = ConvBnMish2d
+            activation = nn.Mish
+
+    assert list(mappings._REGISTERED) == [Again]
+
+
+class Overlapping(nni.Fused):
+    """One of its chains is that of ConvBnReLU2d."""
+
+    part_types = (nn.Conv2d, nn.BatchNorm2d, (nn.Mish, nn.ReLU))
+
+
+class QatOverlapping(nniqat.ConvBn2d):
+    """Its QAT form."""
+
+    float_type = Overlapping
+    activation = nn.Mish
+
+
+class Another(nnqat.Conv2d):
+    """A second class for a type that has one."""
+
+    float_type = nn.Conv2d
+
+
+class NoParts(nni.Fused):
+    """Says no parts."""
+
+
+class QatNoParts(nniqat.ConvBn2d):
+    """Its QAT form."""
+
+    float_type = NoParts
+
+
+class Inherits(nniqat.ConvBn2d):
+    """Says no float type of its own."""
+
+
+REFUSED = [
+    (QatOverlapping, ("ConvBnReLU2d already handles ConvBnReLU2d", "mapping=")),
+    (Another, ("Conv2d already handles Conv2d", "mapping={Conv2d: Another}")),
+    (QatNoParts, ("NoParts names no part_types", "part_types = (nn.Conv2d")),
+    (Inherits, ("Inherits", "its own float_type")),
+    (ConvBnMish2d, ("expected a QAT class",)),
+    (nn.Conv2d, ("expected a QAT class",)),
+    ("ConvBn2d", ("expected a QAT class",)),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED, ids=lambda value: getattr(value, "__name__", None))
+def test_refused(given: Any, words: tuple[str, ...]) -> None:
+    qbench.register_pattern(QatConvBnHardswish2d)
+    with pytest.raises(ConfigError) as error:
+        qbench.register_pattern(given)
+    assert all(word in str(error.value) for word in words), error.value
+    assert list(mappings._REGISTERED) == [QatConvBnHardswish2d]
+
+
+def test_a_refused_class_does_not_take_its_predecessor_away() -> None:
+    qbench.register_pattern(QatConvBnMish2d)
+    clashing = type("QatConvBnMish2d", (nniqat.ConvBn2d,), {"float_type": Overlapping, "__module__": __name__})
+    with pytest.raises(ConfigError):
+        qbench.register_pattern(clashing)
+    assert list(mappings._REGISTERED) == [QatConvBnMish2d]
+
+
+class ConvBnBn2d(nni.Fused):
+    """A chain that the body does not compute."""
+
+    part_types = (nn.Conv2d, nn.BatchNorm2d, nn.Mish, nn.Hardswish)
+
+
+class QatConvBnBn2d(nniqat.ConvBn2d):
+    """Its QAT form."""
+
+    float_type = ConvBnBn2d
+    activation = nn.Mish
+
+
+class LinearFirst(nni.Fused):
+    """A chain of another layer."""
+
+    part_types = (nn.Linear, nn.Mish)
+
+
+class QatLinearFirst(nniqat.ConvBn2d):
+    """A QAT class of a convolution for it."""
+
+    float_type = LinearFirst
+
+
+@pytest.mark.parametrize(
+    ("qat_class", "parts", "words"),
+    [
+        (QatConvBnBn2d, [*conv_bn(3, 4), nn.Mish(), nn.Hardswish()], ("Mish, Hardswish", "at most an activation")),
+        (QatLinearFirst, [nn.Linear(3, 4), nn.Mish()], ("starts with Linear", "Conv2d")),
+    ],
+    ids=["two activations", "another layer"],
+)
+def test_a_chain_that_the_class_cannot_compute(
+    qat_class: type[QatLayer], parts: list[nn.Module], words: tuple[str, ...]
+) -> None:
+    qbench.register_pattern(qat_class)
+    with pytest.raises(FusionError) as error:
+        qbench.prepare_qat(qbench.fuse(nn.Sequential(*parts)), qconfig=qbench.get_qconfig())
+    assert all(word in str(error.value) for word in ("0: ", *words)), error.value
