@@ -256,8 +256,8 @@ class QatLayer(QatModule):
         if len(rest) > 1:
             raise FusionError(
                 f"{type(self).__name__}: {self.float_type.__name__} ends in "
-                f"{', '.join(type(part).__name__ for part in rest)}; a chain is a layer, then at most a BatchNorm, then "
-                "at most an activation"
+                f"{', '.join(type(part).__name__ for part in rest)}; a chain is a layer, then at most a BatchNorm, "
+                "then at most an activation"
             )
         self._complete(bn, rest[0] if rest else None, qconfig)
 
