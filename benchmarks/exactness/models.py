@@ -34,6 +34,9 @@ def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int)
     torch.manual_seed(seed)
     images = data.load("digits", image_size)
     model = build_model(name, OUTPUTS)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.5  # few steps: statistics that still lag would leave the codes in a corner of their range
     loader = iter(data.batches(images.train, batch))
     held_out = next(iter(data.batches(images.held_out, batch)))[0]
     pixels, _ = next(loader)
