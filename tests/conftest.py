@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 # Set before torch is imported, and inherited by the fresh processes that some tests start: the floats of a 1x1
 # convolution depend on the number of threads, so the two sides of an exactness test must have the same.
@@ -28,10 +29,19 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Take addresses out of the names of tests (`<object object at 0x7f…>`).
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Take addresses (`<object object at 0x7f…>`) out of the names that `ids=str` gives.
 
     They differ from process to process, and parallel workers refuse to run tests that are not named alike.
     """
-    for item in items:
-        item._nodeid = re.sub(r" at 0x[0-9a-f]+", "", item.nodeid)
+    parametrize = metafunc.parametrize
+
+    def with_stable_names(*args: Any, ids: Any = None, **options: Any) -> None:
+        def name(value: object) -> str | None:
+            given = ids(value)
+            return given if given is None else re.sub(r" at 0x[0-9a-f]+", "", str(given))
+
+        parametrize(*args, ids=name if callable(ids) else ids, **options)
+
+    metafunc.parametrize = with_stable_names  # type: ignore[method-assign]
