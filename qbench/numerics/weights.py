@@ -24,6 +24,9 @@ from qbench.numerics.fold import WeightLayout, fold_weight
 from qbench.numerics.qparams import SMALLEST_SCALE, QParams, along_axis, next_power_of_two, quantize
 from qbench.numerics.straight_through import fake_quantize_ste, straight_through
 
+# Codes of any real weight are 0 at this step.
+LARGEST_STEP = 2.0**100
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightGrid:
@@ -145,8 +148,10 @@ def moving_grid(
         size = factor.detach().float().abs()
         live = size > 0
         least = torch.zeros_like(size) if floor is None else floor
-        step = torch.where(live, torch.maximum(own.scale, least / torch.where(live, size, 1.0)), own.scale)
-        scale = torch.where(live, size * step, least).clamp(min=SMALLEST_SCALE)
+        step = torch.maximum(own.scale, torch.where(live, least / torch.where(live, size, 1.0), 0.0))
+        step = step.clamp(max=LARGEST_STEP)
+        # Where |k| is next to nothing, floor/|k| would overflow: the codes are 0 as for k = 0, the scale is the floor.
+        scale = torch.where(live & (step < LARGEST_STEP), size * step, least).clamp(min=SMALLEST_SCALE)
     # A channel of zeros has no codes to coarsen, however high the floor.
     raised = (step > own.scale) & (own.scale > SMALLEST_SCALE)
     silenced = live & raised & (largest * (1.0 / step) <= 0.5)
