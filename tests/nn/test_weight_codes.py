@@ -331,7 +331,7 @@ class TestFloor:
         case = case_named("conv bias bn")
         module = trained(case.make())
         seen = []
-        for gamma in (1.0, 1e-2, 1e-3, 1e-4, 1e-6, 1e-12, 1e-30, 1e-38, 0.0):
+        for gamma in (1.0, 1e-2, 1e-3, 1e-4, 1e-6, 1e-12, 1e-30, 1e-38, 1e-43, 1e-45, 0.0):
             with torch.no_grad():
                 module[1].weight[1] = gamma
                 module[1].bias[1] = 1.0
