@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.errors import FusionError
 from qbench.nn.qat.body import QatLayer
 from qbench.numerics.fold import WeightLayout
 
@@ -43,6 +44,19 @@ class LinearKind(QatLayer):
     """Fully connected layers."""
 
     channel_axis = -1
+
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        """Input on its grid -> output on its grid.
+
+        Raises:
+            FusionError: BatchNorm1d follows, and the input has more than two axes: it would normalise axis 1.
+        """
+        if self.bn is not None and input.ndim > 2:
+            raise FusionError(
+                f"{type(self).__name__}: input {tuple(input.shape)} has {input.ndim} axes; Linear puts its channels "
+                "last, BatchNorm1d takes axis 1, so the two do not fold there: flatten the input to (batch, features)"
+            )
+        return super().forward(input, *args)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(…, in) -> (…, out)."""
