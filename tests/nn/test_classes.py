@@ -316,6 +316,16 @@ class TestRefusals:
             QatLong.from_float(module, qbench.get_qconfig())
 
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_linear_with_batch_norm_on_three_axes(self, training: bool) -> None:
+        # The float chain normalises axis 1 there; folding would scale axis 2 and be silently wrong.
+        module = nni.LinearBn1d(nn.Linear(7, 5), nn.BatchNorm1d(5))
+        x = batch((8, 5, 7))
+        layer = with_input(nniqat.LinearBn1d.from_float(module, qbench.get_qconfig()), x).train(training)
+        with pytest.raises(FusionError, match=r"input \(8, 5, 7\) has 3 axes.*flatten the input to \(batch, features\)"):
+            layer(x)
+
+
 class TestWrappers:
     @pytest.mark.parametrize("wrapper", [getattr(nni, name) for name in nni.__all__ if name != "Fused"])
     def test_it_computes_what_the_chain_computes_with_the_users_own_modules(self, wrapper: type[nni.Fused]) -> None:
