@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -222,11 +223,75 @@ def links(model: nn.Module) -> dict[str, tuple[str, ...] | None]:
 
 
 def assert_exact(model: nn.Module, program: torch.export.ExportedProgram, *inputs: Any) -> None:
-    """The model in eval and its program give the same bits, and the program holds the codes of training."""
+    """The model in eval and its program give the same bits."""
     expected, found = leaves(evaluate(model, *inputs)), leaves(program.module()(*inputs))
     assert len(expected) == len(found) > 0
     for one, other in zip(expected, found, strict=True):
         assert torch.equal(one, other), f"{int((one != other).sum())} of {one.numel()} values differ"
+
+
+# Reading a program without qbench's own readers, so that a test of the program does not share their faults.
+
+LAYER_OPS = ("conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear")
+VALUE_OPS = ("add", "mul", "cat", "avg_pool2d", "adaptive_avg_pool2d")
+
+
+def op_name(node: fx.Node) -> str:
+    """`"conv2d"` for aten.conv2d.default or .padding; "" for what is no operator."""
+    target = node.target
+    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def is_q(node: object) -> bool:
+    return isinstance(node, fx.Node) and op_name(node) == "quantize_per_tensor"
+
+
+def is_dq(node: object) -> bool:
+    return isinstance(node, fx.Node) and op_name(node) == "dequantize_per_tensor"
+
+
+def stored(program: torch.export.ExportedProgram, node: fx.Node) -> Tensor:
+    """Value of a parameter or buffer of a program."""
+    names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
+    return program.state_dict[names[node.name]].detach()
+
+
+@dataclasses.dataclass(frozen=True)
+class DeployedLayer:
+    """What a program holds of one layer: codes and scales of the weight (out channels per `axis`), bias, input scale."""
+
+    node: fx.Node
+    weight: Tensor
+    weight_scale: Tensor
+    axis: int | None
+    bias: Tensor
+    input_scale: Tensor
+
+    def bias_scale(self, groups: int = 1) -> Tensor:
+        """f32(s_in · s_w), one per output channel."""
+        scale = self.weight_scale.repeat(groups) if self.axis == 1 else self.weight_scale
+        return (self.input_scale * scale).expand(len(self.bias))
+
+
+def deployed_layers(program: torch.export.ExportedProgram) -> dict[str, DeployedLayer]:
+    """Every convolution and linear of a program by the path of its module."""
+    found = {}
+    for node in program.graph.nodes:
+        if op_name(node) not in LAYER_OPS:
+            continue
+        source, weight, bias = node.args[:3]
+        assert is_dq(source), f"{node}: no dq at the input, but {source.target}"
+        codes = stored(program, weight.args[0])
+        if op_name(weight) == "dequantize_per_channel":
+            scale, axis = stored(program, weight.args[1]), weight.args[3]
+            assert not stored(program, weight.args[2]).any()
+        else:
+            assert is_dq(weight), f"{node}: no dq at the weight, but {weight.target}"
+            scale, axis = torch.tensor(weight.args[1]), None
+        path = list(node.meta["nn_module_stack"].values())[-1][0]
+        grid = torch.tensor(source.args[1], dtype=torch.float32)
+        found[path] = DeployedLayer(node, codes, scale, axis, stored(program, bias), grid)
+    return found
 
 
 def prepared(model: nn.Module, *inputs: Any, **options: Any) -> nn.Module:

@@ -36,6 +36,9 @@ from qbench import mappings
 from qbench._torchvision import classification_model, import_torchvision
 from qbench.errors import FusionError
 
+# Models that are not fused leave their BatchNorm in float, and preparation says so.
+pytestmark = pytest.mark.filterwarnings("ignore:prepare_qat leaves:qbench.errors.QBenchWarning")
+
 
 def values(model: nn.Module) -> Counter[bytes]:
     """Every parameter and buffer by its bytes, whatever it is called."""

@@ -32,6 +32,9 @@ from qbench.errors import LinkError
 from qbench.fake_quantize import FakeQuantize
 from qbench.nn.qat.body import QatModule
 
+# Models that are not fused leave their BatchNorm in float, and preparation says so.
+pytestmark = pytest.mark.filterwarnings("ignore:prepare_qat leaves:qbench.errors.QBenchWarning")
+
 Way = Callable[[Any, Tensor], Tensor]
 
 

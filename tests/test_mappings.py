@@ -19,6 +19,9 @@ from qbench import mappings
 from qbench.errors import ConfigError, FusionError
 from qbench.nn.qat.body import QatLayer, QatModule
 
+# Models that are not fused leave their BatchNorm in float, and preparation says so.
+pytestmark = pytest.mark.filterwarnings("ignore:prepare_qat leaves:qbench.errors.QBenchWarning")
+
 
 @pytest.fixture(autouse=True)
 def own_patterns_only() -> Iterator[None]:

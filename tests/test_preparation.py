@@ -35,6 +35,9 @@ import qbench.nn.intrinsic.qat as nniqat
 import qbench.nn.qat as nnqat
 from qbench.errors import ConfigError, FusionError, NumericsError, PreparationError, QBenchWarning
 
+# Models that are not fused leave their BatchNorm in float, and preparation says so.
+pytestmark = pytest.mark.filterwarnings("ignore:prepare_qat leaves:qbench.errors.QBenchWarning")
+
 QCONFIG = qbench.get_qconfig()
 
 
@@ -266,7 +269,7 @@ def test_the_mode_stays(training: bool) -> None:
 # What is reported.
 
 LEFT: dict[str, tuple[nn.Module, dict[str, str]]] = {
-    "batch norm first": (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), {"0": "no layer before it"}),
+    "batch norm first": (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), {"0": "it stands alone"}),
     "other types": (
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Sigmoid(), nn.PReLU(), nn.Conv2d(4, 4, 1)),
         {"1": "GroupNorm", "2": "Sigmoid", "3": "PReLU"},
@@ -293,6 +296,16 @@ def test_everything_left_in_float_is_reported(name: str) -> None:
     for path, reason in left.items():
         assert f"left in float: {path or '(root)'}" in str(report)
         assert reason in str(report)
+
+
+@pytest.mark.filterwarnings("error:prepare_qat leaves")
+def test_parameters_left_in_float_are_warned_of_unless_that_was_asked_for() -> None:
+    model = SmallNet()
+    with pytest.warns(QBenchWarning, match=r"leaves 3 module\(s\) with parameters in float: bn1 \[BatchNorm2d\]"):
+        prepare(model)
+    model.bn1.qconfig = model.bn2.qconfig = model.bn3.qconfig = None
+    prepare(model)
+    prepare(qbench.fuse(SmallNet()))
 
 
 def test_the_report_says_what_became_of_what() -> None:

@@ -121,9 +121,9 @@ class ReferenceLayer(ReferenceModule):
 
 
 def _out_of_place(activation: nn.Module | None) -> nn.Module | None:
-    """The same activation without in-place writes, which passes over a program would have to see through."""
+    """A copy of the activation without in-place writes, which passes over a program would have to see through."""
+    activation = copy.deepcopy(activation)  # its mode must not be that of the trained module
     if getattr(activation, "inplace", False):
-        activation = copy.copy(activation)
         activation.inplace = False  # type: ignore[union-attr]
     return activation
 
