@@ -202,8 +202,7 @@ def _export(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         way_out = (
             "a branch that depends on the values of a tensor cannot be deployed as it is: export one path (a module "
-            "whose forward "
-            "takes it), or write the branch with torch.cond"
+            "whose forward takes it), or write the branch with torch.cond"
             if _is_data_dependent(error)
             else "torch.export.export(model.eval(), example_inputs, strict=False) of the float model must work first"
         )

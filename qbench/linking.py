@@ -292,8 +292,7 @@ def _merge(
             listed = "; ".join(f"{name} has {spec}" for spec, name in specs.items())
             raise LinkError(
                 f"quantizers must become one because {groups.reasons.get(root, 'they meet')}, but they differ: "
-                f"{listed}. Give "
-                "these modules the same qconfig"
+                f"{listed}. Give these modules the same qconfig"
             )
         for _, module in owners:
             module.output_quantizer = root

@@ -123,9 +123,8 @@ def register_pattern(qat_class: type[QatModule]) -> type[QatModule]:
         if known is not qat_class and _chains(known) & _chains(qat_class):
             raise ConfigError(
                 f"register_pattern({qat_class.__name__}): {known.__name__} already handles "
-                f"{known.float_type.__name__}; to use "
-                f"another class for it in one model, prepare_qat(model, mapping={{{known.float_type.__name__}: "
-                f"{qat_class.__name__}}})"
+                f"{known.float_type.__name__}; to use another class for it in one model, prepare_qat(model, "
+                f"mapping={{{known.float_type.__name__}: {qat_class.__name__}}})"
             )
     _REGISTERED[:] = [*others, qat_class]
     return qat_class
@@ -162,8 +161,7 @@ def wrapper_of(parts: tuple[nn.Module, ...]) -> type[Fused]:
     alike = [w.describe() for w in wrappers() if type(parts[0]) in as_types(w.part_types[0])] if parts else []
     raise FusionError(
         f"no pattern is ({given}); patterns that start alike: {'; '.join(alike) or 'none'}. A new one is class data "
-        "and "
-        "qbench.register_pattern, see docs/patterns.md"
+        "and qbench.register_pattern, see docs/patterns.md"
     )
 
 

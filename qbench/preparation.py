@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from qbench import linking, mappings
-from qbench.errors import ConfigError, LinkError, PreparationError, QBenchError
+from qbench.errors import ConfigError, LinkError, PreparationError, QBenchError, QBenchWarning
 from qbench.fake_quantize import FakeQuantize
 from qbench.fusion import NOTES
 from qbench.nn.intrinsic import Fused
@@ -62,8 +63,7 @@ def prepare_qat(
     if all(m.__dict__.get("qconfig") is None for m in model.modules()):
         raise PreparationError(
             "prepare_qat: neither the model nor any of its modules has a qconfig; set model.qconfig = "
-            "qbench.get_qconfig() or "
-            "pass qconfig="
+            "qbench.get_qconfig() or pass qconfig="
         )
     known = {**mappings.default_mapping(), **_checked_mapping(mapping)}
     quantized: list[QuantizedModule] = []
@@ -78,13 +78,13 @@ def prepare_qat(
     _move_to_device_of_parameters(model)
     report = PreparationReport(quantized=tuple(quantized), left_in_float=tuple(left))
     object.__setattr__(model, _REPORT, report)
+    _warn_of_float_parameters(report)
     if calls is not None:
         _link(model, calls)
     elif any(isinstance(m, FakeQuantize) and m.learned for m in model.modules()):
         raise LinkError(
             "prepare_qat: learned quantizers need example_inputs, as quantizers (and their parameters) may merge when "
-            "links "
-            "are recorded, after the optimizer was made: prepare_qat(model, qconfig=..., example_inputs=(x,))"
+            "links are recorded, after the optimizer was made: prepare_qat(model, qconfig=..., example_inputs=(x,))"
         )
     else:
         model.register_forward_pre_hook(_RecordFirstForward(), prepend=True, with_kwargs=True)
@@ -104,6 +104,20 @@ def preparation_report(model: nn.Module) -> PreparationReport:
             "works"
         )
     return report
+
+
+def _warn_of_float_parameters(report: PreparationReport) -> None:
+    unasked = [found for found in report.left_in_float if found.parameters and not found.on_purpose]
+    if unasked:
+        listed = ", ".join(f"{found.path} [{found.kind}]" for found in unasked[:3])
+        more = f" and {len(unasked) - 3} more" if len(unasked) > 3 else ""
+        warnings.warn(
+            f"prepare_qat leaves {len(unasked)} module(s) with parameters in float: {listed}{more}. The first because: "
+            f"{unasked[0].reason}. qbench.preparation_report(model) says why for each; qconfig = None on a module says "
+            "that it is meant to stay in float",
+            QBenchWarning,
+            stacklevel=3,
+        )
 
 
 class _RecordFirstForward:
@@ -167,8 +181,7 @@ def _swap(
     if qconfig is not None and not isinstance(qconfig, QConfig):
         raise PreparationError(
             f"{path or '(root)'}.qconfig is {type(qconfig).__module__}.{type(qconfig).__name__}; expected a "
-            "qbench.QConfig: "
-            "qbench.get_qconfig('onnxruntime')"
+            "qbench.QConfig: qbench.get_qconfig('onnxruntime')"
         )
     result = module
     qat_type = known.get(type(module))
@@ -180,7 +193,8 @@ def _swap(
     else:
         reason = _reason_for_float(module, qat_type, qconfig)
         if reason:
-            left.append(LeftInFloat(path, type(module).__name__, reason))
+            count = sum(parameter.numel() for parameter in module.parameters())
+            left.append(LeftInFloat(path, type(module).__name__, reason, qconfig is None, count))
         if not isinstance(module, Fused):
             # Not named_children, which leaves out the second name of a child.
             for name, child in list(module._modules.items()):
@@ -257,7 +271,7 @@ def _reason_for_float(module: nn.Module, qat_type: type[QatModule] | None, qconf
     if not leaf or isinstance(module, _TRANSPARENT):
         return ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "no layer before it that it folds into (fuse folds a BatchNorm into a layer with no other user)"
+        return "it stands alone: qbench.fuse folds a BatchNorm into the layer before it, unless others read that layer"
     if type(module).__module__.startswith("torch.nn"):
         return f"no QAT class for {type(module).__name__}"
     if any(True for _ in module.parameters(recurse=False)):

@@ -214,8 +214,7 @@ def _difference(name: str, trained: Tensor, converted: Tensor | None) -> Compari
         shape = None if converted is None else tuple(converted.shape)
         raise VerificationError(
             f"verify: {name} has shape {tuple(trained.shape)} in the model and {shape} in the program: it is not a "
-            "program of "
-            "this model as convert returned it"
+            "program of this model as convert returned it"
         )
     steps = (trained.long() - converted.long()).abs()
     return Comparison(name, steps.numel(), int((steps > 0).sum()), int(steps.max()) if steps.numel() else 0)

@@ -47,8 +47,8 @@ class BiasSpec:
         if self.scale == "input_weight" and self.bits < NARROWEST_INPUT_WEIGHT_BITS:
             raise ConfigError(
                 f"a bias of {self.bits} bits at input·weight scale would force weight scales so coarse that the "
-                "weights "
-                f"vanish; give it a scale of its own: get_qconfig(bias_bits={self.bits}, bias_scale='own')"
+                "weights vanish; where the target has one, give it a scale of its own: "
+                f"get_qconfig(bias_bits={self.bits}, bias_scale='own')"
             )
 
     @property

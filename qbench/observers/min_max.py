@@ -50,12 +50,13 @@ class MovingAverageMinMaxObserver(Observer):
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Move the range towards that of `x`; the first tensor sets it (decided on the device, without a sync)."""
         low, high = self.range_of(x)
-        low, high = self._average(self.min_val, low), self._average(self.max_val, high)
+        first = self.min_val > self.max_val  # [+inf, −inf] stands for nothing seen; one infinite value does not
+        low, high = (
+            torch.where(first, new, old + self.averaging_constant * (new - old))
+            for old, new in ((self.min_val, low), (self.max_val, high))
+        )
         self.min_val, self.max_val = _stored(self.min_val, low), _stored(self.max_val, high)
         return low, high
-
-    def _average(self, old: Tensor, new: Tensor) -> Tensor:
-        return torch.where(torch.isinf(old), new, old + self.averaging_constant * (new - old))
 
 
 def _stored(buffer: Tensor, value: Tensor) -> Tensor:

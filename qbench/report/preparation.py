@@ -33,11 +33,21 @@ class SharedQuantizer:
 
 @dataclasses.dataclass(frozen=True)
 class LeftInFloat:
-    """A module, or a part of a forward, that stays float: path, class, reason."""
+    """A module, or a part of a forward, that stays float: path, class, reason.
+
+    Attributes:
+        path: Of the module.
+        kind: Its class, or `"forward"` for operations that a forward computes itself.
+        reason: Why.
+        on_purpose: Whether the user said so: its qconfig is None.
+        parameters: How many numbers it trains.
+    """
 
     path: str
     kind: str
     reason: str
+    on_purpose: bool = False
+    parameters: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

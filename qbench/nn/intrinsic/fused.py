@@ -66,6 +66,5 @@ def _check_foldable(wrapper: str, linear: nn.Module, bn: Any) -> None:
     if channels is not None and channels != len(bn.running_mean):
         raise FusionError(
             f"{wrapper}: {type(linear).__name__} puts out {channels} channels, {type(bn).__name__} has "
-            f"{len(bn.running_mean)}; "
-            "they must be equal"
+            f"{len(bn.running_mean)}; they must be equal"
         )

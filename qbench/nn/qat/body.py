@@ -97,8 +97,7 @@ class QatModule(nn.Module):
         if not isinstance(qconfig, QConfig):
             raise PreparationError(
                 f"{cls.__name__}.from_float: the module's qconfig is {qconfig!r}; set module.qconfig = "
-                "qbench.get_qconfig() "
-                "or pass qconfig="
+                "qbench.get_qconfig() or pass qconfig="
             )
         qat = cls.__new__(cls)
         nn.Module.__init__(qat)
@@ -161,10 +160,8 @@ class QatModule(nn.Module):
         if self._sources is None:
             raise LinkError(
                 f"{type(self).__name__} that puts out to {self.output_quantizer.label or '(an unprepared module)'} "
-                "does not "
-                "know the quantizer of its input: no recorded forward reached it. Give prepare_qat one example per "
-                "path, "
-                "example_inputs=[(x, True), (x, False)]"
+                "does not know the quantizer of its input: no recorded forward reached it. Give prepare_qat one "
+                "example per path, example_inputs=[(x, True), (x, False)]"
             )
         own = self.input_quantizers
         if not own:
@@ -175,8 +172,7 @@ class QatModule(nn.Module):
         if self._sources is None or len(self._sources) <= index:
             raise LinkError(
                 f"{self.output_quantizer.label or type(self).__name__}: input {index} has no link; run prepare_qat "
-                "with "
-                "example_inputs that reach this module"
+                "with example_inputs that reach this module"
             )
         return self._sources[index]
 
@@ -408,10 +404,9 @@ class QatLayer(QatModule):
             worst = int(saturated.nonzero()[0])
             raise NumericsError(
                 f"{label}: the bias {bias[worst].item():.6g} of output channel {worst} does not fit "
-                f"{self.qconfig.bias} "
-                f"(scale {scale.flatten()[worst if scale.ndim else 0].item():.3g}, input scale "
-                f"{input_scale.item():.3g}); "
-                "a wider bias fits, or one with a scale of its own: get_qconfig(bias_scale='own')"
+                f"{self.qconfig.bias} (scale {scale.flatten()[worst if scale.ndim else 0].item():.3g}, input scale "
+                f"{input_scale.item():.3g}); a wider bias fits, or one with a scale of its own: "
+                "get_qconfig(bias_scale='own')"
             )
         value = self.bias_quantizer(bias, scale)
         return ParameterCodes(grid.codes(), grid.qparams, codes, scale, value, saturated, grid.coarsened, grid.silenced)
@@ -478,8 +473,7 @@ def check_finite(module: nn.Module, label: str) -> None:
             value = tensor[bad].flatten()[0].item()
             raise NumericsError(
                 f"{label}.{name} holds {int(bad.sum())} value(s) that are not finite (the first is {value}); "
-                "quantization "
-                "needs finite numbers: look for a diverged training step or a broken checkpoint"
+                "quantization needs finite numbers: look for a diverged training step or a broken checkpoint"
             )
 
 
