@@ -1,15 +1,18 @@
 """The console command `qbench`: parsing, messages and exit codes; what it does is in `qbench.job`.
 
-Exit codes: 0 done; 2 refused, with one line on stderr that says why and what would work; 130 interrupted.
+Exit codes: 0 done; 2 refused, with one line on stderr that says why and what would work; 130 interrupted or terminated.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qbench import targets
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _termination_as_interrupt():
             _show_warnings_in_one_line()
             summary = run(job_of(arguments), say=_say)
     except QBenchError as error:
@@ -159,6 +162,19 @@ def _say(doing: str) -> None:
     """What starts, for a person who waits; nothing where stderr is no terminal."""
     if sys.stderr.isatty():
         print(f"qbench: {doing} …", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that what was written aside is removed; by default it would stay."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show_warnings_in_one_line() -> None:

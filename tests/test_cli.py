@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,13 +182,23 @@ def test_an_error_from_a_reading_process_is_one_line() -> None:
     assert cli._message(wrapped) == "a/0.png cannot be decoded (OSError: truncated); remove it"
 
 
-def test_interrupting_ends_with_130(nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_or_terminated_it_tidies_up(
+    number: signal.Signals, nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
 
-    monkeypatch.setattr(training, "fit", interrupt)
-    assert cli.main(quick(nets, tmp_path / "demo")) == 130
+    def interrupt(*args: object, **kwargs: object) -> None:
+        seen.extend(path.name for path in (tmp_path / "runs").glob(".demo.*/*"))
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(job, "verify", interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    options = ["--epochs", "0.1", "--qat-epochs", "0.1", "--runtimes", "onnxruntime"]
+    assert cli.main(quick(nets, tmp_path / "runs" / "demo", *options)) == 130
+    assert sorted(seen) == ["model.onnx", "model.pt2", "qat.pt"]
     assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.fixture(scope="module")
