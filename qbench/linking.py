@@ -26,7 +26,7 @@ from qbench.errors import LinkError
 from qbench.fake_quantize import FakeQuantize
 from qbench.graph.scale_preserving import is_scale_joining, is_scale_preserving
 from qbench.nn.qat.body import QatModule
-from qbench.report.preparation import FloatInput, SharedQuantizer
+from qbench.report.preparation import FloatInput, FloatOperation, SharedQuantizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,9 +41,15 @@ Producer = FakeQuantize | FloatSource
 
 @dataclasses.dataclass
 class Links:
-    """What a recording found: the producers that were seen at each input of each module, in order of first sight."""
+    """What a recording found, in order of first sight.
+
+    Attributes:
+        seen: The producers at each input of each module.
+        float_operations: Operators outside QAT modules that take a tensor off its grid, with the modules they read.
+    """
 
     seen: dict[QatModule, dict[int, dict[Producer, None]]] = dataclasses.field(default_factory=dict)
+    float_operations: dict[tuple[str, tuple[str, ...]], None] = dataclasses.field(default_factory=dict)
 
     def add(self, module: QatModule, index: int, producer: Producer) -> None:
         """Note one producer at one input."""
@@ -84,6 +90,7 @@ class LinkResult:
     """What `link` did, for the preparation report."""
 
     float_inputs: tuple[FloatInput, ...]
+    float_operations: tuple[FloatOperation, ...]
     shared: tuple[SharedQuantizer, ...]
     unreached: tuple[str, ...]
 
@@ -91,9 +98,11 @@ class LinkResult:
 class _Recorder(TorchDispatchMode):
     """Follows producers through dispatched operators."""
 
-    def __init__(self) -> None:
+    def __init__(self, links: Links) -> None:
         super().__init__()
         self.tags: Any = WeakTensorKeyDictionary()
+        self.links = links
+        self.depth = 0  # of QAT modules that are running: what they compute is theirs
         self.written: list[tuple[Tensor, Producer]] = []
 
     def tag(self, tensor: Tensor, producer: Producer) -> None:
@@ -139,19 +148,27 @@ class _Recorder(TorchDispatchMode):
             if len(found) == 1:
                 return next(iter(found))
         tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if any(self.producer(tensor) is not None for tensor in tensors):
-            return FloatSource(f"{func._overloadpacket} leaves the grid")
-        return None
+        producers = [producer for producer in map(self.producer, tensors) if producer is not None]
+        if not producers:
+            return None
+        quantized = tuple(p.label.rpartition(".")[0] for p in producers if isinstance(p, FakeQuantize))
+        if quantized and not self.depth:
+            self.links.float_operations[str(func._overloadpacket), quantized] = None
+        return FloatSource(f"{func._overloadpacket} leaves the grid")
 
 
 def _record(
     model: nn.Module, modules: Any, links: Links, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    recorder = _Recorder()
+    recorder = _Recorder(links)
 
     def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         for index, tensor in enumerate(t for t in (*inputs, *named.values()) if isinstance(t, Tensor)):
             links.add(module, index, recorder.producer_or_source(tensor, "an input of the model, or made in float"))
+        recorder.depth += 1
+
+    def leave(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        recorder.depth -= 1
 
     def after(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         recorder.tag(output, module)
@@ -160,6 +177,7 @@ def _record(
         for module in modules:
             for handle in (
                 module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+                module.register_forward_hook(leave, prepend=True),
                 module.output_quantizer.register_forward_hook(after),
             ):
                 stack.callback(handle.remove)
@@ -251,7 +269,17 @@ def _connect(model: nn.Module, modules: dict[str, QatModule], links: Links) -> L
     shared = _merge(modules, groups, members)
     label_quantizers(model)
     unreached = tuple(name for name, module in modules.items() if module not in links.seen)
-    return LinkResult(tuple(float_inputs), shared, unreached)
+    return LinkResult(tuple(float_inputs), tuple(_float_operations(links)), shared, unreached)
+
+
+def _float_operations(links: Links) -> Iterator[FloatOperation]:
+    for operator, reads in links.float_operations:
+        kind = operator.removeprefix("aten.").rstrip("_")
+        yield FloatOperation(operator, reads, f"qbench.nn.{_AS_MODULES[kind]}()" if kind in _AS_MODULES else "")
+
+
+# Operators of which there is a module that owns a quantizer; `fuse` puts it in place where it can trace.
+_AS_MODULES = {"add": "Add", "mul": "Mul", "cat": "Cat"}
 
 
 def _group(names: dict[QatModule, str], links: Links) -> _Groups:

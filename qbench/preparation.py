@@ -138,6 +138,7 @@ def _link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any
         before.left_in_float,
         found.unreached,
         links_recorded=True,
+        float_operations=found.float_operations,
     )
     object.__setattr__(model, _REPORT, report)
 

@@ -323,10 +323,21 @@ def test_the_report_says_what_became_of_what() -> None:
         "5 modules quantized",
         "input 0 of conv.0: quantized there, an input of the model, or made in float",
         "input 1 of mul: quantized there, aten.sigmoid leaves the grid",
+        "computed in float: aten.sigmoid of excite",
     ]
     assert "the first forward will be recorded" in str(
         qbench.preparation_report(qbench.prepare_qat(SmallNet(), qconfig=QCONFIG))
     )
+
+
+def test_operations_of_a_python_forward_that_stay_in_float_are_reported() -> None:
+    model = Calls(lambda m, x: m.c(torch.tanh(m.a(x) + m.b(x)).relu()), **{k: nn.Conv2d(3, 3, 1) for k in "abc"})
+    report = qbench.preparation_report(prepare(model))
+    assert [str(found.operator) for found in report.float_operations] == ["aten.add"]
+    (add,) = report.float_operations
+    assert add.reads == ("a", "b")
+    assert "computed in float: aten.add of a, b; qbench.nn.Add() quantizes it" in str(report)
+    assert qbench.preparation_report(prepare(qbench.fuse(model))).float_operations[0].operator == "aten.tanh"
 
 
 def test_a_prepared_model_prints_well() -> None:

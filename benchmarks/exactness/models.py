@@ -24,7 +24,6 @@ from qbench.export.files import write_text
 from qbench.models import build_model
 from qbench.report.data import Verification
 
-
 # Ten outputs an image would give too few codes to compare; the digits are the first ten classes.
 OUTPUTS = 1000
 
@@ -36,7 +35,8 @@ def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int)
     model = build_model(name, OUTPUTS)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.5  # few steps: statistics that still lag would leave the codes in a corner of their range
+            # Few steps: statistics that still lag would leave the codes in a corner of their range.
+            module.momentum = 0.5
     loader = iter(data.batches(images.train, batch))
     held_out = next(iter(data.batches(images.held_out, batch)))[0]
     pixels, _ = next(loader)

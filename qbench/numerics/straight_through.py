@@ -6,8 +6,8 @@
 With a scale `s` that is learned, and the rounding residual `r = round(x/s) − x/s` held constant (LSQ, Esser et al.
 2020, equation 3): ∂(s·round(x/s))/∂s = r inside the range, and the bound that was reached outside it.
 
-An expression such as `x + (q − x).detach()` has these gradients too, but where `q` is far from `x` (a clipped value) not
-the bits: the sum rounds once more.
+An expression such as `x + (q − x).detach()` has these gradients too, but where `q` is far from `x` (a clipped value)
+not the bits: the sum rounds once more.
 """
 
 from __future__ import annotations

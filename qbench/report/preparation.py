@@ -51,6 +51,21 @@ class LeftInFloat:
 
 
 @dataclasses.dataclass(frozen=True)
+class FloatOperation:
+    """An operator between QAT modules that no quantizer follows, as the recorded forward saw it.
+
+    Attributes:
+        operator: Its name, `"aten.add"`.
+        reads: Paths of the QAT modules whose output it reads.
+        way_out: What would quantize it, or empty.
+    """
+
+    operator: str
+    reads: tuple[str, ...]
+    way_out: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class PreparationReport:
     """Everything that was quantized and everything that was not.
 
@@ -58,7 +73,8 @@ class PreparationReport:
         quantized: Modules that became QAT modules.
         float_inputs: Inputs that arrive in float and are quantized by their consumer.
         shared: Quantizers that were merged.
-        left_in_float: What stays float, with the reason.
+        left_in_float: Modules that stay float, and forwards whose operations do, with the reason.
+        float_operations: Operators that compute in float from quantized tensors.
         unreached: Paths of QAT modules that no recorded forward reached.
         links_recorded: False while the first forward is still to be recorded.
     """
@@ -69,6 +85,7 @@ class PreparationReport:
     left_in_float: tuple[LeftInFloat, ...] = ()
     unreached: tuple[str, ...] = ()
     links_recorded: bool = False
+    float_operations: tuple[FloatOperation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.quantized)} modules quantized"]
@@ -77,5 +94,8 @@ class PreparationReport:
         lines += [f"input {i.index} of {i.path}: quantized there, {i.reason}" for i in self.float_inputs]
         lines += [f"one quantizer: {', '.join(s.paths)} ({s.reason})" for s in self.shared]
         lines += [f"left in float: {f.path or '(root)'} [{f.kind}], {f.reason}" for f in self.left_in_float]
+        for found in self.float_operations:
+            way_out = f"; {found.way_out} quantizes it" if found.way_out else ""
+            lines.append(f"computed in float: {found.operator} of {', '.join(found.reads)}{way_out}")
         lines += [f"not reached: {path}" for path in self.unreached]
         return "\n".join(lines)
