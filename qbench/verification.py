@@ -31,7 +31,7 @@ from qbench.graph.edit import module_path
 from qbench.graph.layers import Layer, read_layer, weight_scales
 from qbench.graph.recognise import find_grid, is_dequantize
 from qbench.nn.qat.body import ParameterCodes, QatLayer
-from qbench.numerics.bias import bias_codes, bias_scale
+from qbench.numerics.bias import bias_codes, bias_scale, dequantize_bias
 from qbench.numerics.qparams import QParams, inside_range, quantize
 from qbench.preparation import quantized_modules
 from qbench.report.data import CodeSpread, Comparison, Verification
@@ -139,7 +139,9 @@ def _program_bias(layer: Layer, constants: Constants, codes: ParameterCodes, spe
     # (out, values a channel) of equal scales -> (out,)
     scale = scales if scales.ndim == 0 else layer.per_output(scales)[:, 0]
     on_grid = bias_scale(grid.qparams.scale, scale) if spec.scale == "input_weight" else codes.bias_scale
-    return bias_codes(bias, on_grid, spec.bits)[0]
+    found = bias_codes(bias, on_grid, spec.bits)[0]
+    # A value off the grid has no code: a bias that was left in float must not pass for a quantized one.
+    return torch.where(dequantize_bias(found, on_grid) == bias, found, codes.bias + 1)
 
 
 def output_grids(program: torch.export.ExportedProgram) -> list[QParams | None]:

@@ -258,7 +258,7 @@ def stored(program: torch.export.ExportedProgram, node: fx.Node) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class DeployedLayer:
-    """What a program holds of one layer: codes and scales of the weight (out channels per `axis`), bias, input scale."""
+    """What a program holds of one layer: codes and scales of the weight (channels along `axis`), bias, input scale."""
 
     node: fx.Node
     weight: Tensor
