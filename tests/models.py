@@ -147,8 +147,9 @@ def randomise_statistics(model: nn.Module, seed: int = 1) -> nn.Module:
             if isinstance(bn, _BatchNorm) and bn.running_mean is not None and bn.running_var is not None:
                 bn.running_mean.copy_(torch.randn(bn.num_features, generator=generator) * 0.2)
                 bn.running_var.copy_(torch.rand(bn.num_features, generator=generator) + 0.5)
-                bn.weight.copy_(torch.rand(bn.num_features, generator=generator) + 0.5)
-                bn.bias.copy_(torch.randn(bn.num_features, generator=generator) * 0.2)
+                if bn.affine:
+                    bn.weight.copy_(torch.rand(bn.num_features, generator=generator) + 0.5)
+                    bn.bias.copy_(torch.randn(bn.num_features, generator=generator) * 0.2)
     return model
 
 

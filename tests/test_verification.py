@@ -103,8 +103,8 @@ def _change_weight_scale(program: ExportedProgram) -> None:
     program.state_dict["conv1.weight_scale"].mul_(1.0005)
 
 
-# Change → how many of each comparison must differ: exactly this many, or "some". One step of a bias may or may not reach
-# a code of the output.
+# Change → how many of each comparison must differ: exactly this many, or "some". One step of a bias may or may not
+# reach a code of the output.
 TAMPERED: dict[str, tuple[Callable[[ExportedProgram], None], int | str, str]] = {
     "a weight code": (_bump_weight, 1, "some"),
     "a bias code": (_bump_bias, 1, "any"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qbench.graph.qdq import quantized_decomposed
 from qbench.nn.qat.body import QatLayer, QatModule, QatOp, adopt_state
@@ -112,6 +113,8 @@ class ReferenceLayer(ReferenceModule):
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         """Input -> output on its grid."""
         (x,) = self.quantized_inputs((input,))
+        if self.call.padding is not None:
+            (x,) = self.quantized_inputs((self.call.pad(x),))
         y = self.call(x, self.weight(), self.bias, *args)
         if self.pre_activation is not None:
             y = self.pre_activation(y)
@@ -136,16 +139,25 @@ class FloatCall:
 
     def __init__(self, qat: QatLayer) -> None:
         # An empty layer of PyTorch's own class holds stride, padding and the like.
-        shell = qat.linear_type.__new__(qat.linear_type)
+        shell: Any = qat.linear_type.__new__(qat.linear_type)
         nn.Module.__init__(shell)
         adopt_state(shell, qat)
         shell._parameters.clear()
+        self.padding: tuple[list[int], str] | None = None
+        if getattr(shell, "padding_mode", "zeros") != "zeros":
+            # An operator of its own, which must not stand between the dq and the convolution.
+            self.padding = shell._reversed_padding_repeated_twice, shell.padding_mode
+            shell.padding, shell.padding_mode = (0,) * len(shell.kernel_size), "zeros"
         self.kind = type(qat)
         self.shell = shell
 
+    def pad(self, x: Tensor) -> Tensor:
+        """Reflection, replication or circular padding."""
+        return x if self.padding is None else F.pad(x, self.padding[0], mode=self.padding[1])
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
         """The convolution or matrix product."""
-        return self.kind.linear(self.shell, x, weight, bias, *args)  # type: ignore[arg-type]
+        return self.kind.linear(self.shell, x, weight, bias, *args)
 
 
 def reference_of(qat: QatModule) -> ReferenceModule:
