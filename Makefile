@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 # constraints.txt stands on every pip call: an unpinned torch would be another torch, gigabytes larger.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := runs/demo
+# Threads that wait by spinning take the cores from those that work: on a busy machine, several times slower. OpenMP reads
+# this before Python starts, so it has to stand here.
+export OMP_WAIT_POLICY ?= PASSIVE
 LINTED := setup.py qbench tests $(wildcard docs/images references benchmarks)
 
 .DEFAULT_GOAL := help

@@ -2,6 +2,7 @@
 
 from qbench import errors, export, nn, passes, targets
 from qbench.conversion import conversion_report, convert
+from qbench.export.program import load_program
 from qbench.fake_quantize import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 from qbench.fake_quantize.bias import BiasSpec
 from qbench.fusion import fuse, fuse_modules
@@ -33,6 +34,7 @@ __all__ = [
     "fuse_modules",
     "get_qconfig",
     "prepare_qat",
+    "load_program",
     "nn",
     "passes",
     "preparation_report",

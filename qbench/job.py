@@ -245,7 +245,8 @@ def deploy(
         batches = data_sets.batches(images.held_out, job.max_batch)
         count = -(-job.verify_images // job.max_batch)
         inputs = [(pixels,) for pixels, _ in itertools.islice(iter(batches), count)]
-        verification = verify(model, program, inputs, runtimes=job.runtimes)
+        files = {"program": folder / PROGRAM_FILE, **{name: _file(folder, name) for name in job.runtimes}}
+        verification = verify(model, program, inputs, runtimes=job.runtimes, files=files)
     with clock("score", "score"):
         scores = {name: score_file(name, _file(folder, name), images, job.max_batch) for name in job.runtimes}
     return verification, scores

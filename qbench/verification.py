@@ -12,9 +12,10 @@ varied they were is part of the result.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qbench.errors import MissingDependencyError, VerificationError
+from qbench.export.program import load_program
 from qbench.export.runtimes import get_runtime, run_file, run_program
 from qbench.fake_quantize.bias import BiasSpec
 from qbench.graph.constants import Constants, constants_of
@@ -44,6 +46,8 @@ def verify(
     program: torch.export.ExportedProgram,
     inputs: Inputs,
     runtimes: Sequence[str] = ("onnxruntime", "executorch"),
+    *,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> Verification:
     """Compare a QAT model, the program that `convert` made of it, and the files that runtimes run.
 
@@ -52,6 +56,8 @@ def verify(
         program: What `convert(model, …)` returned, without further passes.
         inputs: One tuple of tensors, or an iterable of them, of the shapes that the program takes.
         runtimes: Names of `qbench.export.RUNTIMES`; one that is not installed is noted in the result.
+        files: Files that exist already, to check those that ship instead of writing others: by name of a runtime, and
+            `"program"` for what `torch.export.save` wrote.
 
     Returns:
         Counts of compared and different codes; `print` shows a table.
@@ -70,9 +76,11 @@ def verify(
         raise VerificationError("verify: the model has no QAT layer; its first argument is what convert was given")
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="qbench-verify-") as folder:
-        saved = Path(folder) / "model.pt2"
-        torch.export.save(program, saved)
-        reloaded = torch.export.load(saved)
+        given = {name: Path(path) for name, path in (files or {}).items()}
+        saved = given.get("program", Path(folder) / "model.pt2")
+        if "program" not in given:
+            torch.export.save(program, saved)
+        reloaded = load_program(saved)
         parameters = compare_parameters(layers, reloaded)
         trained, spread = _run_eval(model, batches)
         ran = run_program(saved, batches, threads=threads)
@@ -81,8 +89,9 @@ def verify(
         found, notes = [], []
         for name in runtimes:
             try:
-                path = Path(folder) / f"model{get_runtime(name).suffix}"
-                get_runtime(name).export(program, path)
+                path = given.get(name, Path(folder) / f"model{get_runtime(name).suffix}")
+                if name not in given:
+                    get_runtime(name).export(program, path)
                 outputs = run_file(name, path, batches, threads=threads)
             except MissingDependencyError as error:
                 notes.append(f"{name} was not compared: {error}")

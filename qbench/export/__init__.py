@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from qbench.export.executorch import ExecutorchReport, to_executorch
 from qbench.export.onnx import OnnxReport, to_onnx
+from qbench.export.program import load_program
 from qbench.export.runtimes import RUNTIMES, run_file, run_program
 
-__all__ = ["RUNTIMES", "ExecutorchReport", "OnnxReport", "run_file", "run_program", "to_executorch", "to_onnx"]
+__all__ = [
+    "RUNTIMES",
+    "ExecutorchReport",
+    "OnnxReport",
+    "load_program",
+    "run_file",
+    "run_program",
+    "to_executorch",
+    "to_onnx",
+]

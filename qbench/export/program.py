@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
@@ -14,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from qbench.errors import ExportError
 from qbench.export import graphs
+from qbench.graph.qdq import quantized_decomposed
 
 
 def check_program(program: object, *, call: str) -> ExportedProgram:
@@ -54,6 +57,26 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
         node.name = node.target = spec.arg.name
     copied.graph_module.recompile()
     return copied
+
+
+def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
+    """Read a Q/DQ program that `torch.export.save` wrote.
+
+    `torch.export.load` alone fails in a process in which no library has registered the `quantized_decomposed`
+    operators, which `import torch` does not do.
+
+    Raises:
+        ExportError: there is no such file, or it is not a saved program.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ExportError(f"there is no file {file}; torch.export.save(program, {str(file)!r}) writes one")
+    quantized_decomposed()
+    try:
+        with quiet():
+            return torch.export.load(file)
+    except Exception as error:  # torch.export raises whatever the archive's reader raises.
+        raise ExportError(f"{file} is not a program that torch.export.save wrote: {error}") from error
 
 
 def output_names(program: ExportedProgram) -> list[str]:

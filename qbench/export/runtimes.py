@@ -25,8 +25,7 @@ from torch.utils import _pytree as pytree
 from qbench.errors import ExportError, require
 from qbench.export.executorch import to_executorch
 from qbench.export.onnx import open_session, to_onnx
-from qbench.export.program import quiet
-from qbench.graph.qdq import quantized_decomposed
+from qbench.export.program import load_program, quiet
 
 Batch = list[np.ndarray]
 
@@ -150,12 +149,7 @@ def run_pt2(path: Path, batches: Sequence[Batch], threads: int) -> list[Batch]:
     Raises:
         ExportError: the file does not load, or not with these inputs.
     """
-    quantized_decomposed()
-    try:
-        with quiet():
-            module = torch.export.load(path).module()
-    except Exception as error:  # torch.export raises whatever the archive's reader raises.
-        raise ExportError(f"torch.export.load does not read {path}: {error}") from error
+    module = load_program(path).module()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -263,6 +257,8 @@ def _start_worker(folder: Path, threads: int, *, what: str) -> None:
     root = str(Path(__file__).resolve().parents[2])
     given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *given]), "OMP_NUM_THREADS": str(threads)}
+    # Threads that wait by spinning take the cores from those that work: on a busy machine, several times slower.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     done = subprocess.run(
         [sys.executable, "-m", "qbench.export.worker", str(folder)],
         env=environment,
