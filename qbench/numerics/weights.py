@@ -64,7 +64,8 @@ class WeightGrid:
         """`s_w` for each output channel, (out,) or () per tensor."""
         return self.layout.per_channel(self.qparams.scale)
 
-    def _folded_float(self) -> Tensor:
+    def folded_float(self) -> Tensor:
+        """`W_f = k · W`, not quantized."""
         return self.weight if self.factor is None else fold_weight(self.weight, self.factor, self.layout)
 
 
@@ -87,7 +88,7 @@ class MovingGrid(WeightGrid):
         scale = along_axis(self.qparams.scale, self.qparams.axis, self.weight.ndim)
         with torch.no_grad():
             value = self._float_codes() * scale
-        return straight_through(self._folded_float(), value)
+        return straight_through(self.folded_float(), value)
 
     def unfolded(self) -> Tensor:
         """`Ŵ/k`, with the gradient to `W`."""
@@ -113,11 +114,11 @@ class FoldedGrid(WeightGrid):
 
     def codes(self) -> Tensor:
         """Integer codes of `W_f`."""
-        return quantize(self._folded_float(), self.qparams)
+        return quantize(self.folded_float(), self.qparams)
 
     def folded(self) -> Tensor:
         """`Ŵ`, with the gradient to `W` and `k`."""
-        return fake_quantize_ste(self._folded_float(), self.qparams)
+        return fake_quantize_ste(self.folded_float(), self.qparams)
 
     def unfolded(self) -> Tensor:
         """`Ŵ/k`, with the gradient to `W`; a channel with k = 0 keeps `W`, so that its statistics stay alive."""

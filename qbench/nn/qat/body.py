@@ -294,7 +294,7 @@ class QatLayer(QatModule):
         if self._uses_batch_statistics():
             return self._train_forward(x, *args)
         grid, bias, scale = self.quantized_parameters()
-        weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid._folded_float()
+        weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid.folded_float()
         if scale is not None:
             bias = self.bias_quantizer(bias, scale)
         y = self.linear(x, weight.to(self.weight.dtype), bias.to(self.weight.dtype), *args)
