@@ -405,6 +405,20 @@ def test_networks_are_exact_layer_by_layer(name: str) -> None:
     assert not poor
 
 
+class InFloat64(fx.Interpreter):
+    """Runs a program with sums that are not rounded, as those of integers are not."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = target._schema.name.rpartition("::")[2]
+        if name == "quantize_per_tensor" and args[0].dtype == torch.float64:
+            x, scale, zero_point, low, high, dtype = args
+            inverse = 1.0 / torch.tensor(scale, dtype=torch.float32).double()
+            return torch.clamp(torch.round(x * inverse) + zero_point, low, high).to(dtype)
+        if not name.startswith(("quantize", "dequantize")):
+            args = torch.utils._pytree.tree_map_only(Tensor, Tensor.double, args)
+        return super().call_function(target, args, kwargs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_networks_at_224_pixels_and_both_runtimes(name: str) -> None:
@@ -415,6 +429,14 @@ def test_networks_at_224_pixels_and_both_runtimes(name: str) -> None:
     assert found.exact["parameters"]
     assert found.exact["eval_vs_program"]
     assert {runtime.name for runtime in found.runtimes} == {"onnxruntime", "executorch"}
-    assert all(runtime.compared == 800 and runtime.share < 0.5 for runtime in found.runtimes)
+    # Behind many layers a barely trained network turns the few codes that float sums round differently into many. The
+    # program that sums in float64 shows how many that is without any runtime: a runtime may not add much to it.
+    with torch.no_grad():
+        single, double = (kind(program.module()).run(held_out) for kind in (fx.Interpreter, InFloat64))
+    (one,), (other,) = leaves(single), leaves(double)
+    share = float((one != other).float().mean())
+    print(f"float32 sums against float64 sums: {share:.2%} of the outputs differ")
+    assert all(runtime.compared == 800 and runtime.share < share + 0.1 for runtime in found.runtimes)
+    assert all(runtime.largest_step < 26 for runtime in found.runtimes)  # a tenth of the codes
     poor = {one.name: (one.distinct, one.saturated_share) for one in found.spread if not one.varied}
     assert not poor
