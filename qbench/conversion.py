@@ -158,13 +158,16 @@ def _deployed(path: str, layer: QatLayer, target: targets.Target) -> DeployedLay
             f"{target.accumulator_bits} bits of target {target.name}; fewer weight or activation bits fit: "
             "get_qconfig(weight_bits=4)"
         )
+    coarsened = codes.coarsened
+    if coarsened.shape == codes.silenced.shape:
+        coarsened = torch.where(codes.silenced, 1.0, coarsened)  # a factor means nothing where no code is left
     return DeployedLayer(
         path,
         (float(codes.weight_qparams.scale.min()), float(codes.weight_qparams.scale.max())),
         int(codes.bias.abs().max()),
         int(bound.max()),
-        int((codes.coarsened > 1).sum()),
-        float(codes.coarsened.max()),
+        int((coarsened > 1).sum()),
+        float(coarsened.max()),
         int(codes.silenced.sum()),
     )
 

@@ -68,6 +68,9 @@ def prepare_qat(
     known = {**mappings.default_mapping(), **_checked_mapping(mapping)}
     quantized: list[QuantizedModule] = []
     left: list[LeftInFloat] = [LeftInFloat(path, "forward", reason) for path, reason in notes.items()]
+    for path, module in _to_swap(model, "", None, known, set()):
+        # All modules before the first is swapped: a refusal leaves no model half prepared.
+        check_finite(module, path or type(module).__name__)
     model = _swap(model, "", None, known, quantized, left, {})
     if not quantized:
         raise PreparationError(
@@ -189,7 +192,9 @@ def _swap(
     if isinstance(module, QatModule):
         left.append(LeftInFloat(path, type(module).__name__, "it is a QAT module already"))
     elif qat_type is not None and qconfig is not None:
-        result = _make_qat(module, path, qat_type, qconfig)
+        result, lost_hooks = _make_qat(module, path, qat_type, qconfig)
+        if lost_hooks:
+            left.append(LeftInFloat(path, "hooks", lost_hooks))
         quantized.append(QuantizedModule(path, type(module).__name__, qat_type.__name__))
     else:
         reason = _reason_for_float(module, qat_type, qconfig)
@@ -209,21 +214,52 @@ def _swap(
     return result
 
 
-def _make_qat(module: nn.Module, path: str, qat_type: type[QatModule], qconfig: QConfig) -> QatModule:
+def _to_swap(
+    module: nn.Module,
+    path: str,
+    inherited: QConfig | None,
+    known: Mapping[type[nn.Module], type[QatModule]],
+    seen: set[int],
+) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules that `_swap` replaces."""
+    qconfig = module.__dict__.get("qconfig", inherited)
+    if id(module) in seen or isinstance(module, QatModule):
+        return
+    seen.add(id(module))
+    if type(module) in known and qconfig is not None:
+        yield path, module
+    elif not isinstance(module, Fused):
+        for name, child in module.named_children():
+            yield from _to_swap(child, f"{path}.{name}" if path else name, qconfig, known, seen)
+
+
+def _make_qat(
+    module: nn.Module, path: str, qat_type: type[QatModule], qconfig: QConfig
+) -> tuple[QatModule, str]:
+    """The QAT module, and what became of hooks that have no place in it (empty if there are none)."""
     try:
-        check_finite(module, path)
         qat = qat_type.from_float(module, module.__dict__.get("qconfig", qconfig))
     except QBenchError as error:
         raise type(error)(f"{path or '(root)'}: {error}") from None
-    _move_hooks(module, qat)
-    return qat
+    homeless = _move_hooks(module, qat)
+    if not homeless:
+        return qat, ""
+    reason = (
+        f"hooks on {', '.join(homeless)} inside the wrapper are dropped: the layer and its BatchNorm are computed as "
+        "one. Hooks on the wrapper itself are kept"
+    )
+    warnings.warn(f"{path or '(root)'}: {reason}", QBenchWarning, stacklevel=5)
+    return qat, reason
 
 
-def _move_hooks(module: nn.Module, qat: nn.Module) -> None:
+def _move_hooks(module: nn.Module, qat: nn.Module) -> list[str]:
     """Give the QAT module the hooks of the module, in the order in which they ran.
 
     Of a wrapper's parts, the layer and a BatchNorm are no modules that are called any more: hooks before the first and
     after the last part become the wrapper's own. An activation is still called and keeps its hooks.
+
+    Returns:
+        Classes of the parts that have hooks in between.
     """
     parts = list(module) if isinstance(module, Fused) else []
     last = [] if parts and parts[-1] is qat.activation_module else parts[-1:]
@@ -233,6 +269,8 @@ def _move_hooks(module: nn.Module, qat: nn.Module) -> None:
         _take(qat, holder, "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
     _take(qat, module, "_backward_hooks", "_backward_pre_hooks")
     qat._is_full_backward_hook = module._is_full_backward_hook
+    silent = (part for part in parts if part is not qat.activation_module)
+    return [type(part).__name__ for part in silent if part._forward_hooks or part._forward_pre_hooks]
 
 
 def _take(target: nn.Module, source: nn.Module, *names: str) -> None:

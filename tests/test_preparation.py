@@ -237,6 +237,29 @@ def test_a_hook_that_changes_the_output_still_does_and_is_deployed() -> None:
     assert_exact(qat, qbench.convert(qat, (images(),)), images(seed=3))
 
 
+def test_hooks_inside_a_wrapper_that_have_no_place_are_reported() -> None:
+    model = SmallNet()
+    model.conv1.register_forward_hook(lambda module, args, out: out)
+    model.bn2.register_forward_pre_hook(lambda module, args: None)
+    with pytest.warns(QBenchWarning, match="inside the wrapper are dropped") as caught:
+        qat = prepare(qbench.fuse(model))
+    assert len(caught) == 2
+    found = {left.path: left.reason for left in qbench.preparation_report(qat).left_in_float if left.kind == "hooks"}
+    assert set(found) == {"conv1", "conv2"}
+    assert "BatchNorm2d" in found["conv2"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_refusal_leaves_the_model_whole(fused: bool) -> None:
+    model = qbench.fuse(SmallNet()) if fused else SmallNet()
+    with torch.no_grad():
+        model.fc.weight[0, 0] = float("nan")
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(NumericsError, match=r"fc\.weight"):
+        qbench.prepare_qat(model, inplace=True, qconfig=QCONFIG, example_inputs=(images(),))
+    assert [type(module) for module in model.modules()] == kinds
+
+
 def test_shared_modules_stay_shared() -> None:
     model = Calls(lambda m, x: m.again(m.conv(x)) + m.list[0](x), conv=nn.Conv2d(3, 3, 3, padding=1))
     model.again = model.conv

@@ -22,6 +22,7 @@ import qbench
 from qbench import data
 from qbench.export.files import write_text
 from qbench.models import build_model
+from qbench.observers import MinMaxObserver
 from qbench.report.data import Verification
 
 # Ten outputs an image would give too few codes to compare; the digits are the first ten classes.
@@ -40,7 +41,9 @@ def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int)
     loader = iter(data.batches(images.train, batch))
     held_out = next(iter(data.batches(images.held_out, batch)))[0]
     pixels, _ = next(loader)
-    model = qbench.prepare_qat(qbench.fuse(model), qconfig=qbench.get_qconfig(), example_inputs=(pixels,))
+    # The range of everything seen: a moving average would still stand at the first batches.
+    qconfig = qbench.get_qconfig(observer=MinMaxObserver)
+    model = qbench.prepare_qat(qbench.fuse(model), qconfig=qconfig, example_inputs=(pixels,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
     for _ in range(steps):
         pixels, labels = next(loader)

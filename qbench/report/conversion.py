@@ -14,7 +14,7 @@ class DeployedLayer:
         weight_scales: Smallest and largest weight scale.
         largest_bias_code: Largest |q_b|.
         accumulator: Largest |accumulator| that any input can produce.
-        coarsened: Output channels (or scales) whose weight scale the bias floor raised.
+        coarsened: Output channels (or scales) whose weight scale the bias floor raised, without silenced ones.
         largest_coarsening: The largest factor by which it did, 1.0 where nowhere; 2.0 costs such a channel one bit.
         silenced: Output channels whose weight codes the floor sent to 0.
     """
@@ -54,9 +54,9 @@ class ConversionReport:
         for layer in self.layers:
             low, high = layer.weight_scales
             floor = "-"
-            if layer.coarsened:
-                floor = f"{layer.coarsened} coarser, up to {layer.largest_coarsening:.3g}x"
-                floor += f", {layer.silenced} silenced" if layer.silenced else ""
+            if layer.coarsened or layer.silenced:
+                parts = [f"{layer.coarsened} coarser, up to {layer.largest_coarsening:.3g}x"] if layer.coarsened else []
+                floor = ", ".join([*parts, f"{layer.silenced} silenced"] if layer.silenced else parts)
             scales = f"{low:.3g} … {high:.3g}"
             lines.append(
                 f"{layer.path:{width}}  {scales:>21}  {layer.largest_bias_code:>10}  {layer.accumulator:>11}  {floor}"

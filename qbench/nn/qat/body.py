@@ -398,16 +398,18 @@ class QatLayer(QatModule):
             raise NumericsError(
                 f"{label}: fake-quant is disabled, so there are no codes; model.apply(qbench.enable_fake_quant) first"
             )
-        grid.qparams.check(f"{label}.weight")
         codes, saturated = self.bias_quantizer.codes(bias, scale)
-        if bool(saturated.any()):
-            worst = int(saturated.nonzero()[0])
+        # Where float32 has no weight scale that is large enough for the bias, the floor is infinite.
+        misfit = saturated | ~torch.isfinite(scale)
+        if bool(misfit.any()):
+            worst = int(misfit.nonzero()[0]) if misfit.ndim else 0
             raise NumericsError(
                 f"{label}: the bias {bias[worst].item():.6g} of output channel {worst} does not fit "
                 f"{self.qconfig.bias} (scale {scale.flatten()[worst if scale.ndim else 0].item():.3g}, input scale "
                 f"{input_scale.item():.3g}); a wider bias fits, or one with a scale of its own: "
                 "get_qconfig(bias_scale='own')"
             )
+        grid.qparams.check(f"{label}.weight")
         value = self.bias_quantizer(bias, scale)
         return ParameterCodes(grid.codes(), grid.qparams, codes, scale, value, saturated, grid.coarsened, grid.silenced)
 
