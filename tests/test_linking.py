@@ -395,3 +395,37 @@ def test_switched_off_quantizers_stay_switched_off() -> None:
     late(images())
     activations = [quantizer for quantizer in quantizer_names(late) if not quantizer.observer.stateless]
     assert not any(quantizer.fake_quant_enabled for quantizer in activations)
+
+
+class Detour(nn.Module):
+    """`head` reads either convolution; each of them is also read on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor, second: bool = False) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        return self.head(b if second else a)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_producer_that_is_first_met_after_the_recording_is_refused(training: bool) -> None:
+    model = qbench.prepare_qat(Detour(), qconfig=qbench.get_qconfig(), example_inputs=(images(),))
+    model(images())
+    model.train(training)
+    with pytest.raises(LinkError, match=r"from b\.output_quantizer.*recorded one is a\.output_quantizer.*example_in"):
+        model(images(), True)
+    model(images())
+    both = qbench.prepare_qat(
+        Detour(), qconfig=qbench.get_qconfig(), example_inputs=[(images(), False), (images(), True)]
+    )
+    both(images(), True)
+    both(images(), False)
+    assert both.a.output_quantizer is both.b.output_quantizer
+
+
+def test_a_saved_output_carries_no_quantizer(tmp_path: Any) -> None:
+    model = qbench.prepare_qat(Detour(), qconfig=qbench.get_qconfig(), example_inputs=(images(),))
+    torch.save(model(images()), tmp_path / "y.pt")
+    assert torch.load(tmp_path / "y.pt", weights_only=True).shape[1] == 2

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.errors import NumericsError, QBenchWarning
+from qbench.fake_quantize.producers import note_producer
 from qbench.numerics.qparams import QParams, QSpec
 from qbench.numerics.straight_through import fake_quantize_ste
 from qbench.observers import Observer
@@ -87,7 +88,7 @@ class FakeQuantize(nn.Module):
                 stacklevel=2,
             )
             return x
-        return fake_quantize_ste(x, self.snapshot())
+        return note_producer(fake_quantize_ste(x, self.snapshot()), self)
 
     def qparams_of(self, x: Tensor) -> QParams:
         """Grid that this quantizer uses for `x`: of `x` itself where the observer is stateless, else the stored one."""

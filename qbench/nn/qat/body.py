@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qbench.errors import FusionError, LinkError, NumericsError, PreparationError
 from qbench.fake_quantize import BiasQuantizer, FakeQuantize
+from qbench.fake_quantize.producers import producer_of
 from qbench.nn.intrinsic.fused import Fused, as_types
 from qbench.numerics.epilogue import epilogue
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
@@ -155,7 +156,7 @@ class QatModule(nn.Module):
         """The inputs on their grids.
 
         Raises:
-            LinkError: this module was not reached when links were recorded.
+            LinkError: this module was not reached when links were recorded, or not from this quantizer.
         """
         if self._sources is None:
             raise LinkError(
@@ -163,6 +164,15 @@ class QatModule(nn.Module):
                 "does not know the quantizer of its input: no recorded forward reached it. Give prepare_qat one "
                 "example per path, example_inputs=[(x, True), (x, False)]"
             )
+        for index, (x, source) in enumerate(zip(inputs, self._sources, strict=False)):
+            producer = producer_of(x)
+            if producer is not None and producer is not source:
+                raise LinkError(
+                    f"input {index} of the {type(self).__name__} that puts out to {self.output_quantizer.label} comes "
+                    f"from {getattr(producer, 'label', producer)}, which no recorded forward showed; the recorded one "
+                    f"is {source.label}. Give prepare_qat one example per path of control flow, "
+                    "example_inputs=[(x, True), (x, False)], so that both become one"
+                )
         own = self.input_quantizers
         if not own:
             return list(inputs)
