@@ -3,7 +3,7 @@
 Links are recorded once, at `prepare_qat`. A tensor that reaches a layer straight from a quantizer that the recording
 did not see there must not be taken for one of the recorded grid, so quantizers note what they put out and layers look.
 Notes are kept beside the tensors, not on them: a tensor that is saved must not carry a module along. A note is void
-when the tensor was written to since; none is taken in compiled code and inference mode, which have no version to compare.
+when the tensor was written to since. Compiled code and inference mode have no version to compare, so no notes either.
 """
 
 from __future__ import annotations
