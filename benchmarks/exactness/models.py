@@ -45,7 +45,9 @@ def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int)
     qconfig = qbench.get_qconfig(observer=MinMaxObserver)
     model = qbench.prepare_qat(qbench.fuse(model), qconfig=qconfig, example_inputs=(pixels,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
-    for _ in range(steps):
+    for step in range(steps):
+        if step == steps // 2:
+            model.apply(qbench.freeze_bn_stats)  # ranges then cover what eval computes
         pixels, labels = next(loader)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model.train()(pixels), labels).backward()
