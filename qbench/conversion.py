@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qbench import targets
 from qbench.errors import ConfigError, ConversionError, LinkError, NumericsError, QBenchError, QBenchWarning
@@ -23,7 +23,7 @@ from qbench.graph.qdq import quantized_decomposed
 from qbench.nn.qat.body import QatLayer, QatModule
 from qbench.nn.reference import reference_of
 from qbench.numerics.bias import accumulator_bound, fits_accumulator
-from qbench.preparation import preparation_report, quantized_modules
+from qbench.preparation import quantized_modules
 from qbench.report.conversion import ConversionReport, DeployedLayer
 
 
@@ -215,14 +215,3 @@ def _export(
 def _is_data_dependent(error: Exception) -> bool:
     text = f"{type(error).__name__} {error}"
     return any(word in text for word in ("DataDependent", "data-dependent", "Could not guard", "control flow"))
-
-
-def trained_codes(model: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias codes that training used, by path: `"layer.weight"` and `"layer.bias"`."""
-    preparation_report(model)
-    codes = {}
-    for path, module in quantized_modules(model):
-        if isinstance(module, QatLayer):
-            found = module.parameter_codes()
-            codes[f"{path}.weight"], codes[f"{path}.bias"] = found.weight, found.bias
-    return codes
