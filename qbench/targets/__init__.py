@@ -8,10 +8,11 @@ from qbench.errors import ConfigError
 from qbench.targets.base import Target
 from qbench.targets.neutron import NEUTRON
 from qbench.targets.onnxruntime import ONNXRUNTIME
+from qbench.targets.tosa import TOSA
 from qbench.targets.xnnpack import XNNPACK
 
 # Add a target here.
-TARGETS: tuple[Target, ...] = (ONNXRUNTIME, XNNPACK, NEUTRON)
+TARGETS: tuple[Target, ...] = (ONNXRUNTIME, XNNPACK, NEUTRON, TOSA)
 
 __all__ = ["TARGETS", "Target", "get", "names"]
 

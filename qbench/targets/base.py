@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from qbench.errors import ConfigError
 from qbench.fake_quantize.bias import BIAS_SCALES
+from qbench.numerics.arithmetic import Arithmetic
 from qbench.numerics.qparams import QSpec
 
 
@@ -29,6 +31,9 @@ class Target:
         shared_ops: Names of QAT ops whose inputs and output must lie on one grid.
         accumulator_bits: Width of the signed accumulator.
         symmetric_bias: Leave out the lowest bias code.
+        arithmetic: What its integer operations compute, bit by bit; None where that is not stated, so that a program
+            for it has no integer form.
+        annotation: What `convert` puts into `node.meta["custom"]` of every node that is no q or dq.
         sources: Rule → where it is from (document, or file of the runtime's source).
     """
 
@@ -43,6 +48,8 @@ class Target:
     shared_ops: tuple[str, ...] = ("Cat",)
     accumulator_bits: int = 32
     symmetric_bias: bool = False
+    arithmetic: Arithmetic | None = None
+    annotation: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

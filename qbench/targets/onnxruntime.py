@@ -1,5 +1,6 @@
 """ONNX Runtime, CPU execution provider, QDQ models."""
 
+from qbench.numerics.arithmetic.onnxruntime import ARITHMETIC
 from qbench.numerics.qparams import QSpec
 from qbench.targets.base import Target
 
@@ -11,6 +12,7 @@ ONNXRUNTIME = Target(
     bits=(2, 3, 4, 5, 6, 7, 8),
     bias_bits=tuple(range(8, 33)),
     bias_scales=("input_weight", "own", "own_pow2"),
+    arithmetic=ARITHMETIC,
     sources={
         "activation int8 asymmetric behind a float input": "ONNX QuantizeLinear; onnxruntime QDQ selectors: int8 graph "
         "inputs stay float, a float input with QuantizeLinear fuses",

@@ -1,5 +1,6 @@
 """ExecuTorch with the XNNPACK delegate."""
 
+from qbench.numerics.arithmetic.xnnpack import ARITHMETIC
 from qbench.numerics.qparams import QSpec
 from qbench.targets.base import Target
 
@@ -11,6 +12,7 @@ XNNPACK = Target(
     bits=(2, 3, 4, 5, 6, 7, 8),
     bias_bits=tuple(range(8, 33)),
     bias_scales=("input_weight", "own", "own_pow2"),
+    arithmetic=ARITHMETIC,
     sources={
         "activation int8 asymmetric": "executorch/backends/xnnpack/quantizer/xnnpack_quantizer.py",
         "weight int8 symmetric per channel": "the same; xnn_datatype_qcint8",

@@ -23,7 +23,7 @@ class TestGet:
         assert qbench.targets.get(target) is target
 
     def test_names_are_unique_and_in_order(self) -> None:
-        assert qbench.targets.names() == ("onnxruntime", "xnnpack", "neutron")
+        assert qbench.targets.names() == ("onnxruntime", "xnnpack", "neutron", "tosa")
         assert len(set(qbench.targets.names())) == len(TARGETS)
 
     def test_a_target_that_is_not_listed_is_used_as_it_is(self) -> None:
