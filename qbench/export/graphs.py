@@ -8,7 +8,6 @@ order           Q(max(x, a)) = max(Q(x), Q(a))   so a clamp may stand on either 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from qbench.graph.dialect import argument, node_argument, packet
+from qbench.graph.dialect import node_argument, packet
 from qbench.graph.edit import insert_call, refresh
 from qbench.graph.qdq import quantized_decomposed
 from qbench.graph.scale_preserving import grid_source
@@ -36,15 +35,6 @@ GEMMS = frozenset(
         aten.linear,
     }
 )
-
-_BOUND_NAMES: dict[Any, tuple[str | None, str | None]] = {
-    aten.hardtanh: ("min_val", "max_val"),
-    aten.hardtanh_: ("min_val", "max_val"),
-    aten.clamp: ("min", "max"),
-    aten.clamp_: ("min", "max"),
-    aten.clamp_min: ("min", None),
-    aten.clamp_max: (None, "max"),
-}
 
 
 def is_quantize(node: object) -> bool:
@@ -85,39 +75,6 @@ def replace_everywhere(program: ExportedProgram, old: fx.Node, new: fx.Node) -> 
 def full_range(dtype: torch.dtype) -> tuple[int, int]:
     """The smallest and the largest code of a dtype."""
     return torch.iinfo(dtype).min, torch.iinfo(dtype).max
-
-
-def clamp_bounds(node: fx.Node) -> tuple[float, float] | None:
-    """The real bounds of a ReLU, ReLU6, hardtanh or clamp with literal bounds; None for every other node."""
-    operation = packet(node.target)
-    if operation in (aten.relu, aten.relu_):
-        return 0.0, math.inf
-    if operation in (aten.relu6, aten.relu6_):
-        return 0.0, 6.0
-    names = _BOUND_NAMES.get(operation)
-    if names is None:
-        return None
-    low, high = (name and argument(node.target, node.args, node.kwargs, name) for name in names)
-    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
-        return None
-    return (-math.inf if low is None else float(low)), (math.inf if high is None else float(high))
-
-
-def clamps_before(node: fx.Node) -> tuple[fx.Node, tuple[float, float]]:
-    """Follow the clamps that end in `node`, each read by nothing else.
-
-    Returns:
-        What the first clamp reads (the producer), and the bounds `[low, high]` of all clamps together.
-    """
-    low, high = -math.inf, math.inf
-    source = node.args[0]
-    while isinstance(source, fx.Node) and len(source.users) == 1 and (bounds := clamp_bounds(source)) is not None:
-        # The outer clamp comes last, so it has the last word on the inner one's bounds.
-        low, high = (min(max(bound, low), high) for bound in bounds)
-        source = source.args[0]
-    if not isinstance(source, fx.Node):  # pragma: no cover - a program computes from tensors
-        raise TypeError(f"{node.format_node()} does not compute from a tensor")
-    return source, (low, high)
 
 
 def close_views(program: ExportedProgram) -> int:

@@ -15,6 +15,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from qbench.export import graphs
+from qbench.graph.clamps import clamp_bounds, clamps_before
 from qbench.graph.edit import refresh
 
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ def flatten_linears(program: ExportedProgram) -> int:
 def _tails(node: fx.Node) -> list[fx.Node]:
     """The dequantize nodes of `node → clamps → q → dq`, else the last node of that chain; fake values refreshed."""
     refresh(node)
-    while len(node.users) == 1 and graphs.clamp_bounds(reader := next(iter(node.users))) is not None:
+    while len(node.users) == 1 and clamp_bounds(reader := next(iter(node.users))) is not None:
         node = reader
         refresh(node)
     if len(node.users) != 1 or not graphs.is_quantize(reader := next(iter(node.users))):
@@ -72,7 +73,7 @@ def clip_codes(program: ExportedProgram) -> int:
     for node in list(program.graph.nodes):
         if not graphs.is_quantize(node):
             continue
-        source, bounds = graphs.clamps_before(node)
+        source, bounds = clamps_before(node)
         low, high = (_code(bound, node) for bound in bounds)
         scale, zero_point, _, _, dtype = node.args[1:]
         extremes = graphs.full_range(dtype)

@@ -19,6 +19,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from qbench.export import graphs
+from qbench.graph.clamps import clamps_before
 from qbench.graph.dialect import packet
 from qbench.graph.qdq import quantized_decomposed
 
@@ -46,7 +47,7 @@ def clamp_before_quantize(program: ExportedProgram) -> int:
     for node in list(program.graph.nodes):
         if not graphs.is_quantize(node):
             continue
-        source, bounds = graphs.clamps_before(node)
+        source, bounds = clamps_before(node)
         extremes = graphs.full_range(node.args[5])
         narrow = node.args[3:5] != extremes
         fuses = source.target is not None and packet(source.target) in graphs.GEMMS
