@@ -59,7 +59,7 @@ def _share_equals(constants: Constants) -> int:
         key = (node.target, node.args, tuple(sorted(node.kwargs.items())))
         first = first_of.setdefault(key, node)
         if first is not node:
-            merged += _read_instead(node, first, constants)
+            merged += read_instead(node, first, constants)
     return merged
 
 
@@ -69,7 +69,7 @@ def _cancel_pairs(constants: Constants) -> int:
     for node in list(constants.graph.nodes):
         codes = _cancelled(node, constants)
         if codes is not None:
-            cancelled += _read_instead(node, codes, constants)
+            cancelled += read_instead(node, codes, constants)
     return cancelled
 
 
@@ -121,7 +121,7 @@ def _recovers_codes(scale: float, zero_point: int, qmin: int, qmax: int) -> bool
     return torch.equal(quantize(dequantize(codes, qparams), qparams).long(), codes)
 
 
-def _read_instead(node: fx.Node, other: fx.Node, constants: Constants) -> int:
+def read_instead(node: fx.Node, other: fx.Node, constants: Constants) -> int:
     """Let every reader of `node` read `other`; 1 if that was done, 0 if the program's signature forbids it."""
     if isinstance(constants, ProgramConstants):
         signature = constants.program.graph_signature
