@@ -106,6 +106,17 @@ def weight_scales(layer: Layer, constants: Constants) -> Tensor | None:
     return _scales(layer.weight, constants)
 
 
+def output_scales(layer: Layer, scales: Tensor) -> Tensor | None:
+    """Scales at every position of the weight -> one per output channel, (out,); () stays.
+
+    None where they differ within an output channel: they then lie along the input channels.
+    """
+    if scales.ndim == 0:
+        return scales
+    gathered = layer.per_output(scales)  # (out, values a channel)
+    return None if bool((gathered != gathered[:, :1]).any()) else gathered[:, 0].contiguous()
+
+
 def uses_dequantize(node: fx.Node) -> bool:
     """Whether a dequantize operator takes part in computing `node`."""
     seen, waiting = {node}, [node]
