@@ -24,6 +24,7 @@ FLOORS = (
     ("linking",),
     ("preparation",),
     ("conversion",),
+    ("ops",),
     ("passes",),
     ("export",),
     ("verification",),
