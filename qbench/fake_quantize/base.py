@@ -100,9 +100,9 @@ class FakeQuantize(nn.Module):
         A quantizer that is used twice in one step (pyramid levels, a branch) observes in between; what backward saved
         of the first use must not change.
         """
-        return QParams(
-            self.scale.float().clone(), self.zero_point.clone(), self.spec.qmin, self.spec.qmax, self.spec.axis
-        )
+        spec = self.spec
+        scale, zero_point = self.scale.float().clone(), self.zero_point.clone()
+        return QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis, spec.group_size)
 
     def deployed_qparams(self) -> QParams:
         """The grid to deploy, checked.

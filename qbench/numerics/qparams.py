@@ -31,6 +31,8 @@ class QSpec:
         signed: Whether codes are signed.
         symmetric: Zero point fixed at 0 (signed) or at the middle code (unsigned).
         axis: Channel axis of a per-channel quantizer; None quantizes per tensor.
+        group_size: Of a matrix (out, in), axis 0: how many neighbours along the last axis share one scale; None gives
+            one scale to the whole channel.
         narrow: Leave out the lowest signed code, so that codes are symmetric: [−127, 127].
         power_of_two: Restrict scales to powers of two.
     """
@@ -41,14 +43,29 @@ class QSpec:
     axis: int | None = None
     narrow: bool = False
     power_of_two: bool = False
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.group_size is not None:
+            self._check_groups()
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 32:
             raise ConfigError(f"QSpec(bits={self.bits!r}): a code is 2 to 32 bits wide, QSpec(bits=8) for example")
         if self.bits == 32 and not self.signed:
             raise ConfigError("QSpec(bits=32, signed=False): codes are stored in int32 at most, QSpec(bits=32) fits")
         if self.narrow and not self.signed:
             raise ConfigError("QSpec(signed=False, narrow=True): only signed codes have a lowest code to leave out")
+
+    def _check_groups(self) -> None:
+        if not isinstance(self.group_size, int) or self.group_size < 2:
+            raise ConfigError(
+                f"QSpec(group_size={self.group_size!r}): a group is 2 or more weights along the input axis, "
+                "group_size=32 for example; None gives one scale to each output channel"
+            )
+        if self.axis != 0:
+            raise ConfigError(
+                f"QSpec(axis={self.axis}, group_size={self.group_size}): groups divide the rows of a weight (out, in); "
+                f"QSpec(axis=0, group_size={self.group_size}) works"
+            )
 
     @property
     def qmin(self) -> int:
@@ -68,6 +85,8 @@ class QSpec:
     def __str__(self) -> str:
         name = f"{'int' if self.signed else 'uint'}{self.bits}"
         place = "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
+        if self.group_size is not None:
+            place = f"per group of {self.group_size}"
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"{name} {kind} {place}" + (", power-of-two" if self.power_of_two else "")
 
@@ -77,11 +96,13 @@ class QParams:
     """What was found: the grid of a tensor.
 
     Attributes:
-        scale: float32, shape () per tensor or (channels,) per channel, positive and finite.
+        scale: float32, shape () per tensor, (channels,) per channel or (out, in/group_size) per group, positive and
+            finite.
         zero_point: int32, same shape as `scale`.
         qmin: Lowest code.
         qmax: Highest code.
         axis: Channel axis, or None per tensor.
+        group_size: Neighbours along the last axis that share a scale, or None.
     """
 
     scale: Tensor
@@ -89,6 +110,7 @@ class QParams:
     qmin: int
     qmax: int
     axis: int | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.zero_point.shape:
@@ -96,10 +118,11 @@ class QParams:
                 f"QParams: scale has shape {tuple(self.scale.shape)}, zero_point {tuple(self.zero_point.shape)}; "
                 "they must be equal"
             )
-        if (self.axis is None) != (self.scale.ndim == 0):
+        if self.scale.ndim != (0 if self.axis is None else 1 if self.group_size is None else 2):
             raise NumericsError(
-                f"QParams(axis={self.axis}): scale has shape {tuple(self.scale.shape)}; per tensor is shape () with "
-                "axis=None, per channel is shape (channels,) with an axis"
+                f"QParams(axis={self.axis}, group_size={self.group_size}): scale has shape {tuple(self.scale.shape)}; "
+                "per tensor is shape () with axis=None, per channel is shape (channels,) with an axis, per group is "
+                "shape (out, in/group_size) with axis=0 and a group_size"
             )
         if self.qmin >= self.qmax:
             raise NumericsError(f"QParams: qmin {self.qmin} is not below qmax {self.qmax}")
@@ -108,6 +131,10 @@ class QParams:
     def dtype(self) -> torch.dtype:
         """Smallest integer dtype that stores the codes."""
         return storage_dtype(self.qmin, self.qmax)
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values of the shape of `scale`, shaped so that they broadcast against `x`."""
+        return along_axis(values, self.axis, x.ndim, self.group_size)
 
     def check(self, where: str) -> None:
         """Raise NumericsError if a scale is not positive and finite or a zero point lies outside the codes.
@@ -133,13 +160,42 @@ def storage_dtype(qmin: int, qmax: int) -> torch.dtype:
     raise NumericsError(f"no integer dtype up to 32 bits stores codes of [{qmin}, {qmax}]")
 
 
-def along_axis(values: Tensor, axis: int | None, ndim: int) -> Tensor:
-    """Shape per-channel values so that they broadcast: (channels,) -> (1, …, channels, …, 1); () stays."""
+def along_axis(values: Tensor, axis: int | None, ndim: int, group_size: int | None = None) -> Tensor:
+    """Shape values so that they broadcast against a tensor of `ndim` axes.
+
+    per tensor    () stays
+    per channel   (channels,) -> (1, …, channels, …, 1)
+    per group     (out, in/group_size) -> (out, in)
+    """
+    if group_size is not None:
+        return values.repeat_interleave(group_size, dim=1)
     if axis is None or values.ndim == 0:
         return values
     shape = [1] * ndim
     shape[axis] = -1
     return values.reshape(shape)
+
+
+def in_groups(weight: Tensor, group_size: int) -> Tensor:
+    """(out, in) -> (out, in/group_size, group_size).
+
+    Raises:
+        NumericsError: it is no matrix, or `group_size` does not divide its columns; the message names what does.
+    """
+    if weight.ndim != 2:
+        raise NumericsError(
+            f"a weight of shape {tuple(weight.shape)} has no groups: they divide the rows of a matrix (out, in); "
+            "group_size=None gives it one scale per output channel"
+        )
+    columns = weight.shape[1]
+    if columns % group_size:
+        fitting = [size for size in range(2, columns + 1) if columns % size == 0]
+        near = min(fitting, key=lambda size: abs(size - group_size), default=None)
+        raise NumericsError(
+            f"group_size={group_size} does not divide the {columns} input features of a weight {tuple(weight.shape)}; "
+            f"group_size={near} is the nearest that does"
+        )
+    return weight.unflatten(1, (-1, group_size))
 
 
 def choose_qparams(low: Tensor, high: Tensor, spec: QSpec) -> QParams:
@@ -152,7 +208,7 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QSpec) -> QParams:
     of the codes.
 
     Args:
-        low: float, shape () or (channels,).
+        low: float, shape (), (channels,) or (out, in/group_size).
         high: same shape.
         spec: What is wanted.
 
@@ -173,7 +229,7 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QSpec) -> QParams:
     if not spec.symmetric:
         shift = spec.qmin - torch.round(low / scale)
         zero_point = _to_integer(torch.nan_to_num(shift), spec.qmin, spec.qmax).to(torch.int32)
-    return QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis)
+    return QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis, spec.group_size)
 
 
 def next_power_of_two(scale: Tensor) -> Tensor:
@@ -186,16 +242,14 @@ def next_power_of_two(scale: Tensor) -> Tensor:
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
     """Codes of a float tensor, in the smallest integer dtype; saturates at qmin and qmax, NaN becomes qmin."""
-    scale, zero_point, ndim = qparams.scale, qparams.zero_point, x.ndim
-    inverse = along_axis(1.0 / scale, qparams.axis, ndim)
-    codes = torch.round(x.float() * inverse) + along_axis(zero_point, qparams.axis, ndim)
+    inverse, zero_point = qparams.spread(1.0 / qparams.scale, x), qparams.spread(qparams.zero_point, x)
+    codes = torch.round(x.float() * inverse) + zero_point
     return _to_integer(codes, qparams.qmin, qparams.qmax)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     """Real values of codes, float32."""
-    zero_point = along_axis(qparams.zero_point, qparams.axis, codes.ndim)
-    return (codes.float() - zero_point) * along_axis(qparams.scale, qparams.axis, codes.ndim)
+    return (codes.float() - qparams.spread(qparams.zero_point, codes)) * qparams.spread(qparams.scale, codes)
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
@@ -204,16 +258,16 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     `x` is float32 (or float64): in half precision the rounding itself would be half precision. A value that rounds to
     zero from below gives −0.0, and NaN stays NaN, so that a broken activation is seen.
     """
-    scale = along_axis(qparams.scale, qparams.axis, x.ndim)
-    zero_point = along_axis(qparams.zero_point.long(), qparams.axis, x.ndim)  # int32 would wrap in qmin − z
+    scale = qparams.spread(qparams.scale, x)
+    zero_point = qparams.spread(qparams.zero_point.long(), x)  # int32 would wrap in qmin − z
     steps = torch.round(x * (1.0 / scale))
     return torch.clamp(steps, qparams.qmin - zero_point, qparams.qmax - zero_point) * scale
 
 
 def inside_range(x: Tensor, qparams: QParams) -> Tensor:
     """Bool mask of the values that are not clipped: the straight-through estimator lets their gradient pass."""
-    scale = along_axis(qparams.scale, qparams.axis, x.ndim)
-    zero_point = along_axis(qparams.zero_point.long(), qparams.axis, x.ndim)  # int32 would wrap in qmin − z
+    scale = qparams.spread(qparams.scale, x)
+    zero_point = qparams.spread(qparams.zero_point.long(), x)  # int32 would wrap in qmin − z
     steps = torch.round(x * (1.0 / scale))
     return (steps >= qparams.qmin - zero_point) & (steps <= qparams.qmax - zero_point)
 

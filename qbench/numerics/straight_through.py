@@ -41,21 +41,28 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        axis: int | None,
+        group_size: int | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.bounds = (qmin, qmax, axis)
-        wide_scale = along_axis(scale, axis, x.ndim)
-        wide_zero = along_axis(zero_point.long(), axis, x.ndim)  # int32 would wrap in qmin − z
+        ctx.bounds = (qmin, qmax, axis, group_size)
+        wide_scale = along_axis(scale, axis, x.ndim, group_size)
+        wide_zero = along_axis(zero_point.long(), axis, x.ndim, group_size)  # int32 would wrap in qmin − z
         steps = x * (1.0 / wide_scale) if x.dtype == torch.float32 else x.float() * (1.0 / wide_scale)
         return steps.round_().clamp_(qmin - wide_zero, qmax - wide_zero).mul_(wide_scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
-        qmin, qmax, axis = ctx.bounds
-        wide_scale = along_axis(scale, axis, x.ndim)
-        wide_zero = along_axis(zero_point.long(), axis, x.ndim)  # int32 would wrap in qmin − z
+        qmin, qmax, axis, group_size = ctx.bounds
+        wide_scale = along_axis(scale, axis, x.ndim, group_size)
+        wide_zero = along_axis(zero_point.long(), axis, x.ndim, group_size)  # int32 would wrap in qmin − z
         position = x.float() * (1.0 / wide_scale)
         steps = position.round()
         clipped = steps.clamp(qmin - wide_zero, qmax - wide_zero)
@@ -63,14 +70,22 @@ class _FakeQuantize(torch.autograd.Function):
         grad_scale = None
         if ctx.needs_input_grad[1]:
             slope = torch.where(inside, steps - position, clipped) * grads[0].float()
-            dims = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
-            grad_scale = slope.sum(dims) if dims else slope
-        return grads[0] * inside, grad_scale, None, None, None, None
+            grad_scale = _sum_by_scale(slope, axis, group_size)
+        return grads[0] * inside, grad_scale, None, None, None, None, None
+
+
+def _sum_by_scale(values: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """Sum of the values that share a scale: the counterpart of `along_axis`."""
+    if group_size is not None:
+        return values.unflatten(1, (-1, group_size)).sum(2)
+    dims = [d for d in range(values.ndim) if axis is None or d != axis % values.ndim]
+    return values.sum(dims) if dims else values
 
 
 def fake_quantize_ste(x: Tensor, qparams: QParams) -> Tensor:
     """`fake_quantize` with the straight-through gradient, in the dtype of `x` (computed in float32)."""
-    return _FakeQuantize.apply(x, qparams.scale, qparams.zero_point, qparams.qmin, qparams.qmax, qparams.axis)
+    grid = qparams.scale, qparams.zero_point, qparams.qmin, qparams.qmax, qparams.axis, qparams.group_size
+    return _FakeQuantize.apply(x, *grid)
 
 
 class _FakeQuantizeBias(torch.autograd.Function):

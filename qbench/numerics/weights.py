@@ -6,6 +6,9 @@ Per-channel symmetric min–max scales move along with the tensor, so the codes 
     t   = max(t, floor/|k|)          so that the bias fits (qbench.numerics.bias)
     q_w = rne(W · (1/t)) · sign(k)   s_w = |k|·t        Ŵ = q_w · s_w        Ŵ/k = rne(W · (1/t)) · t
 
+A scale per group of input features moves along in the same way. Groups have no floor: no hardware adds a bias at a scale
+that changes inside a channel, so they come with a float bias.
+
 There is no division by `k` (γ = 0 gives codes 0 and no NaN), nothing is clipped, so the straight-through gradient is
 the identity. By rounding, codes of `k·W` computed directly differ in about two of a million: the two are never mixed.
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qbench.numerics.fold import WeightLayout, fold_weight
-from qbench.numerics.qparams import SMALLEST_SCALE, QParams, along_axis, next_power_of_two, quantize
+from qbench.numerics.qparams import SMALLEST_SCALE, QParams, next_power_of_two, quantize
 from qbench.numerics.straight_through import fake_quantize_ste, straight_through
 
 # Codes of any real weight are 0 at this step.
@@ -74,7 +77,7 @@ class MovingGrid(WeightGrid):
     """Symmetric per-channel min–max: the grid of `W` itself, scaled by |k|.
 
     Attributes:
-        step: `t`, (out,).
+        step: `t`, shape of the scale.
     """
 
     step: Tensor
@@ -85,7 +88,7 @@ class MovingGrid(WeightGrid):
 
     def folded(self) -> Tensor:
         """`Ŵ`, with the gradient to `W` and `k`."""
-        scale = along_axis(self.qparams.scale, self.qparams.axis, self.weight.ndim)
+        scale = self.qparams.spread(self.qparams.scale, self.weight)
         with torch.no_grad():
             value = self._float_codes() * scale
         return straight_through(self.folded_float(), value)
@@ -93,11 +96,11 @@ class MovingGrid(WeightGrid):
     def unfolded(self) -> Tensor:
         """`Ŵ/k`, with the gradient to `W`."""
         with torch.no_grad():
-            value = self._unsigned_codes() * along_axis(self.step, self.qparams.axis, self.weight.ndim)
+            value = self._unsigned_codes() * self.qparams.spread(self.step, self.weight)
         return straight_through(self.weight, value)
 
     def _unsigned_codes(self) -> Tensor:
-        inverse = along_axis(1.0 / self.step, self.qparams.axis, self.weight.ndim)
+        inverse = self.qparams.spread(1.0 / self.step, self.weight)
         return torch.round(self.weight.detach().float() * inverse).clamp_(self.qparams.qmin, self.qparams.qmax)
 
     def _float_codes(self) -> Tensor:
@@ -138,7 +141,7 @@ def moving_grid(
         weight: `W`.
         factor: `k`, (out,), or None.
         layout: Not transposed with several groups (there, one scale serves several output channels).
-        own: Grid of `W` itself, one scale per output channel.
+        own: Grid of `W` itself, one scale per output channel, or per group of it (then without a floor).
         floor: Smallest `s_w`, (out,), or None.
     """
     largest = own.scale * own.qmax  # max|W|
@@ -147,6 +150,7 @@ def moving_grid(
         scale, live = step, torch.ones_like(step, dtype=torch.bool)
     else:
         size = factor.detach().float().abs()
+        size = size if own.group_size is None else size[:, None]  # (out,) -> (out, 1)
         live = size > 0
         least = torch.zeros_like(size) if floor is None else floor
         step = torch.maximum(own.scale, torch.where(live, least / torch.where(live, size, 1.0), 0.0))
@@ -156,6 +160,7 @@ def moving_grid(
     # A channel of zeros has no codes to coarsen, however high the floor.
     raised = (step > own.scale) & (own.scale > SMALLEST_SCALE)
     silenced = live & raised & (largest * (1.0 / step) <= 0.5)
+    silenced = silenced if own.group_size is None else silenced.any(1)  # (out, in/group_size) -> (out,)
     coarsened = torch.where(raised, step / own.scale, 1.0)
     return MovingGrid(weight, factor, layout, dataclasses.replace(own, scale=scale), coarsened, silenced, step)
 
@@ -182,9 +187,11 @@ def folded_grid(
     folded = weight if factor is None else fold_weight(weight, factor.detach(), layout)
     found = choose(folded)
     scale = found.scale
-    if floor is not None:
-        least = floor.amax() if scale.ndim == 0 else layout.reduce_max(floor)
-        scale = torch.maximum(scale, next_power_of_two(least.clamp(min=SMALLEST_SCALE)) if power_of_two else least)
+    if floor is None:
+        nothing = torch.zeros(layout.out_channels(weight), dtype=torch.bool, device=weight.device)
+        return FoldedGrid(weight, factor, layout, found, torch.ones_like(scale.detach()), nothing)
+    least = floor.amax() if scale.ndim == 0 else layout.reduce_max(floor)
+    scale = torch.maximum(scale, next_power_of_two(least.clamp(min=SMALLEST_SCALE)) if power_of_two else least)
     qparams = dataclasses.replace(found, scale=scale)
     raised = (scale > found.scale) & (found.scale > SMALLEST_SCALE)
     coarsened = torch.where(raised, scale.detach() / found.scale.detach(), 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qbench.numerics.qparams import QParams, QSpec, choose_qparams
+from qbench.numerics.qparams import QParams, QSpec, choose_qparams, in_groups
 
 
 class Observer(nn.Module):
@@ -31,9 +31,11 @@ class Observer(nn.Module):
             self.register_buffer("max_val", torch.tensor(float("-inf")))
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value of `x`, float32, () or (channels,)."""
+        """Lowest and highest value of `x`, float32, (), (channels,) or (out, in/group_size)."""
         x = x.detach()
-        if self.spec.axis is None:
+        if self.spec.group_size is not None:
+            low, high = torch.aminmax(in_groups(x, self.spec.group_size), dim=-1)
+        elif self.spec.axis is None:
             low, high = torch.aminmax(x)
         else:
             low, high = torch.aminmax(x.movedim(self.spec.axis, 0).flatten(1), dim=1)
