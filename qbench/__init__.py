@@ -2,6 +2,7 @@
 
 from qbench import errors, export, nn, passes, targets
 from qbench.conversion import conversion_report, convert
+from qbench.evaluation import integer_model
 from qbench.export.program import load_program
 from qbench.fake_quantize import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 from qbench.fake_quantize.bias import BiasSpec
@@ -33,6 +34,7 @@ __all__ = [
     "fuse",
     "fuse_modules",
     "get_qconfig",
+    "integer_model",
     "prepare_qat",
     "load_program",
     "nn",

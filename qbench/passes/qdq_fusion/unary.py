@@ -17,7 +17,7 @@ from qbench.graph.dialect import node_argument, packet
 from qbench.graph.recognise import is_dequantize
 from qbench.graph.rules import Refused, Rule
 from qbench.numerics.arithmetic.functions import FUNCTIONS
-from qbench.passes.qdq_fusion.context import Codes, FusionContext, Result
+from qbench.passes.qdq_fusion.context import Codes, FusionContext, Result, describe
 
 aten = torch.ops.aten
 
@@ -68,13 +68,14 @@ class ClampRule(Rule[FusionContext, FusedFunction]):
     name = "clamp"
     anchors = tuple(dict.fromkeys(CLAMPS))
 
-    def match(self, node: fx.Node, context: FusionContext) -> FusedFunction | None:
+    def match(self, node: fx.Node, context: FusionContext) -> FusedFunction:
         """See `Rule.match`."""
         bounds = clamp_bounds(node)
         if bounds is None:
             raise Refused("its bounds are computed while the program runs")
         if not is_dequantize(node.args[0]):
-            return None  # The clamp of a layer before it, which that layer's rule takes or refuses.
+            # That of a layer which was fused is gone by now.
+            raise Refused(f"what it clamps stays in float: {describe(node.args[0])}")  # type: ignore[arg-type]
         input = context.codes(node.args[0])
         rescale = context.function("rescale")
         results = context.results(node, bounds)
