@@ -26,6 +26,7 @@ FLOORS = (
     ("conversion",),
     ("ops",),
     ("passes",),
+    ("evaluation",),
     ("export",),
     ("verification",),
     ("_torchvision", "folders"),

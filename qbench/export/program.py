@@ -60,10 +60,10 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
 
 
 def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
-    """Read a Q/DQ program that `torch.export.save` wrote.
+    """Read a Q/DQ program or an integer program that `torch.export.save` wrote.
 
-    `torch.export.load` alone fails in a process in which no library has registered the `quantized_decomposed`
-    operators, which `import torch` does not do.
+    `torch.export.load` alone fails in a process in which no library has registered the operators of
+    `quantized_decomposed` and `qbench`, which `import torch` does not do.
 
     Raises:
         ExportError: there is no such file, or it is not a saved program.
@@ -71,6 +71,10 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
     file = Path(path)
     if not file.is_file():
         raise ExportError(f"there is no file {file}; torch.export.save(program, {str(file)!r}) writes one")
+    import qbench.ops  # noqa: F401 - defines the operators of integer programs
+
+    import qbench.ops  # noqa: F401 - defines the operators of integer programs
+
     quantized_decomposed()
     try:
         with quiet():
