@@ -33,7 +33,9 @@ _MODES_DIFFER = "its forward differs between training and eval, so functional op
 
 
 def fuse(model: nn.Module, *, example_inputs: tuple[Any, ...] | None = None) -> nn.Module:
-    """A copy of `model` in which every chain of a known pattern is a wrapper and every add, mul, cat is a module.
+    """A copy of `model` in which every chain of a known pattern is a wrapper and every operation a module.
+
+    Operations are the functions that have a QAT form: add, sub, mul, cat, mean, average pools, activations.
 
     Float outputs do not change, bit for bit in eval, and the parameters keep their values.
 
@@ -178,7 +180,7 @@ def _fuse_tree(
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    if isinstance(module, (Fused, QatModule, ops.Add, ops.Mul, ops.Cat, fx.GraphModule)):
+    if isinstance(module, (Fused, QatModule, ops.Operation, fx.GraphModule)):
         return False
     if isinstance(module, nn.Sequential):
         return True
@@ -215,7 +217,8 @@ def _fuse_one(module: nn.Module, path: str, places: Counter[int], notes: dict[st
             editor.absorb(chain)
     if same:
         editor.replace_operations()
-    elif any(_operation(module, node) or node.target in mappings.ACTIVATION_CALLS for node in graph.nodes):
+        editor.read_what_is_written()
+    elif any(_operation(module, node) or _called_module(node) for node in graph.nodes):
         notes[path] = _MODES_DIFFER
     return editor.finish()
 
@@ -289,13 +292,18 @@ def _as_module(module: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that a node calls; for the call of an activation function, a module that computes the same."""
     if node.op == "call_module":
         return _target(module, node)
-    kind = mappings.ACTIVATION_CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
-    options = {name: value for name, value in node.kwargs.items() if name != "inplace"}
-    if kind is None or options or len(node.args) > (2 if "inplace" not in node.kwargs else 1):
+    return _called_module(node)
+
+
+def _called_module(node: fx.Node) -> nn.Module | None:
+    """A module that computes what the call of a function or method of one tensor does."""
+    kind = mappings.MODULE_CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if kind is None or not node.args or node.all_input_nodes != [node.args[0]]:
         return None
-    if len(node.args) == 2 and not isinstance(node.args[1], bool):
+    try:
+        return kind(*node.args[1:], **node.kwargs)
+    except (TypeError, ValueError):  # an argument that the module does not have, such as dtype= or out=
         return None
-    return kind()
 
 
 class _Editor:
@@ -328,7 +336,7 @@ class _Editor:
                 continue
             replacement, inputs, last = made
             name = node.name.strip("_")
-            if node.target in (operator.iadd, operator.imul):
+            if node.target in (operator.iadd, operator.isub, operator.imul):
                 name = name.removeprefix("i")  # x += y is named like x + y
             name = self._free_name(name)
             self.module.add_module(name, replacement.train(self.module.training))
@@ -339,6 +347,19 @@ class _Editor:
             if last is not node:
                 self.graph.erase_node(node)
             self.needs_graph = True
+
+    def read_what_is_written(self) -> None:
+        """Let readers of a tensor that a module wrote to before read the module: its QAT form does not write."""
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        known = mappings.default_mapping()
+        for node in self.graph.nodes:
+            part = _target(self.module, node) if node.op == "call_module" else None
+            if type(part) not in known or not getattr(part, "inplace", False) or len(node.args) != 1:
+                continue
+            for reader in list(node.args[0].users):
+                if order.get(reader, -1) > order[node]:
+                    reader.replace_input_with(node.args[0], node)
+                    self.needs_graph = True
 
     def finish(self) -> nn.Module:
         if not self.needs_graph:
@@ -364,8 +385,10 @@ def _operation(module: nn.Module, node: fx.Node) -> tuple[nn.Module, tuple[fx.No
     if node.op not in ("call_function", "call_method") or not node.users:
         return None
     target, args, kwargs = node.target, node.args, node.kwargs
-    if target in mappings.MODULE_CALLS and args and node.all_input_nodes == [args[0]]:
-        return mappings.MODULE_CALLS[target](*args[1:], **kwargs), tuple(node.all_input_nodes), node
+    called = _called_module(node)
+    if called is not None:
+        usable = type(called) in mappings.default_mapping() and _mutation_is_unseen(module, node)
+        return (called, tuple(node.all_input_nodes), node) if usable else None
     if target in mappings.CAT_CALLS:
         return _concatenation(node)
     if target not in mappings.TENSOR_OPS or len(args) != 2 or kwargs:
@@ -396,7 +419,7 @@ def _mutation_is_unseen(module: nn.Module, node: fx.Node) -> bool:
 
     Views of the operand, and whatever it is a view of, are the same memory.
     """
-    if node.target not in mappings.IN_PLACE_CALLS:
+    if not _writes(node):
         return True
     order = {other: i for i, other in enumerate(node.graph.nodes)}
     memory: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -411,11 +434,16 @@ def _mutation_is_unseen(module: nn.Module, node: fx.Node) -> bool:
     )
 
 
+def _writes(node: fx.Node) -> bool:
+    """Whether a call writes to its first tensor."""
+    return node.target in mappings.IN_PLACE_CALLS or getattr(_called_module(node), "inplace", False)
+
+
 def _may_alias(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node's result may share memory with its inputs; a module with parameters puts out a new tensor."""
     if node.op == "call_module":
         return not any(True for _ in _target(module, node).parameters())
-    if node.target in mappings.IN_PLACE_CALLS:
+    if _writes(node):
         return True
     makes_new = node.target in mappings.TENSOR_OPS or node.target in mappings.CAT_CALLS
     return node.op in ("call_function", "call_method") and not makes_new

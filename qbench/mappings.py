@@ -44,31 +44,24 @@ QAT_CLASSES: tuple[type[QatModule], ...] = (
     nnqat.Linear,
     nnqat.Add,
     nnqat.AddReLU,
+    nnqat.Sub,
     nnqat.Mul,
     nnqat.Cat,
+    nnqat.Mean,
     nnqat.AdaptiveAvgPool2d,
     nnqat.AvgPool2d,
+    nnqat.ELU,
+    nnqat.GELU,
+    nnqat.Hardsigmoid,
+    nnqat.Hardswish,
+    nnqat.Hardtanh,
+    nnqat.LeakyReLU,
+    nnqat.Mish,
+    nnqat.ReLU6,
+    nnqat.SiLU,
+    nnqat.Sigmoid,
+    nnqat.Tanh,
 )
-
-# Activations by the function or tensor method that computes them: a chain may end in a call instead of a module.
-ACTIVATION_CALLS: dict[Any, type[nn.Module]] = {
-    F.relu: nn.ReLU,
-    torch.relu: nn.ReLU,
-    torch.relu_: nn.ReLU,
-    "relu": nn.ReLU,
-    "relu_": nn.ReLU,
-    F.relu6: nn.ReLU6,
-    F.hardswish: nn.Hardswish,
-    F.hardsigmoid: nn.Hardsigmoid,
-    F.silu: nn.SiLU,
-    F.gelu: nn.GELU,
-    F.mish: nn.Mish,
-    F.sigmoid: nn.Sigmoid,
-    torch.sigmoid: nn.Sigmoid,
-    "sigmoid": nn.Sigmoid,
-    torch.tanh: nn.Tanh,
-    "tanh": nn.Tanh,
-}
 
 # Operations on two tensors that become modules.
 TENSOR_OPS: dict[Any, Callable[[], nn.Module]] = {
@@ -77,20 +70,59 @@ TENSOR_OPS: dict[Any, Callable[[], nn.Module]] = {
     torch.add: ops.Add,
     "add": ops.Add,
     "add_": ops.Add,
+    operator.sub: ops.Sub,
+    operator.isub: ops.Sub,
+    torch.sub: ops.Sub,
+    "sub": ops.Sub,
+    "sub_": ops.Sub,
     operator.mul: ops.Mul,
     operator.imul: ops.Mul,
     torch.mul: ops.Mul,
     "mul": ops.Mul,
     "mul_": ops.Mul,
 }
-IN_PLACE_CALLS = frozenset({operator.iadd, operator.imul, "add_", "mul_", "relu_", torch.relu_})
 CAT_CALLS = frozenset({torch.cat, torch.concat, torch.concatenate})
 
-# Functions of one tensor that become modules made from their other arguments.
+# Functions and methods of one tensor, and what computes the same from their other arguments, in the same order. A chain
+# may end in such a call instead of a module; one that stands alone becomes a module if that has a QAT class.
 MODULE_CALLS: dict[Any, type[nn.Module]] = {
+    F.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    torch.relu_: nn.ReLU,
+    "relu": nn.ReLU,
+    "relu_": nn.ReLU,
+    F.relu6: nn.ReLU6,
+    F.hardtanh: nn.Hardtanh,
+    F.hardswish: nn.Hardswish,
+    F.hardsigmoid: nn.Hardsigmoid,
+    F.silu: nn.SiLU,
+    F.gelu: nn.GELU,
+    F.mish: nn.Mish,
+    F.elu: nn.ELU,
+    F.leaky_relu: nn.LeakyReLU,
+    F.sigmoid: nn.Sigmoid,
+    torch.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    torch.sigmoid_: nn.Sigmoid,
+    "sigmoid_": nn.Sigmoid,
+    F.tanh: nn.Tanh,
+    torch.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+    torch.tanh_: nn.Tanh,
+    "tanh_": nn.Tanh,
     F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
     F.avg_pool2d: nn.AvgPool2d,
+    torch.mean: ops.Mean,
+    "mean": ops.Mean,
 }
+
+# Calls that write to their first tensor, besides those that are told to: inplace=True.
+IN_PLACE_CALLS = frozenset(
+    {
+        *(operator.iadd, operator.isub, operator.imul, "add_", "sub_", "mul_"),
+        *(torch.relu_, "relu_", torch.sigmoid_, "sigmoid_", torch.tanh_, "tanh_"),
+    }
+)
 
 _REGISTERED: list[type[QatModule]] = []
 

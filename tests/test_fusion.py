@@ -207,6 +207,11 @@ FORWARDS: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
     "x + x": (lambda m, x: (lambda y: y + y)(m.conv(x)), {"Add": 1}),
     "relu(x + y)": (lambda m, x: F.relu(m.conv(x) + m.other(x)), {"AddReLU": 1}),
     "ReLU()(x + y)": (lambda m, x: m.relu(m.conv(x) + m.other(x)), {"AddReLU": 1}),
+    "x - y": (lambda m, x: m.conv(x) - m.other(x), {"Sub": 1}),
+    "torch.sub": (lambda m, x: torch.sub(m.conv(x), m.other(x)), {"Sub": 1}),
+    "x.sub(y)": (lambda m, x: m.conv(x).sub(m.other(x)), {"Sub": 1}),
+    "x.sub_(y)": (lambda m, x: m.conv(x).sub_(m.other(x)), {"Sub": 1}),
+    "x -= y": (lambda m, x: operator.isub(m.conv(x), m.other(x)), {"Sub": 1}),
     "x * y": (lambda m, x: m.conv(x) * m.other(x), {"Mul": 1}),
     "x *= y": (lambda m, x: operator.imul(m.conv(x), m.other(x)), {"Mul": 1}),
     "cat": (lambda m, x: torch.cat([m.conv(x), m.other(x)], 1), {"Cat": 1}),
@@ -214,11 +219,18 @@ FORWARDS: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
     "concat": (lambda m, x: torch.concat([m.conv(x), m.other(x), x], dim=1), {"Cat": 1}),
     "cat tensors=": (lambda m, x: torch.cat(tensors=[m.conv(x), m.other(x)], dim=1), {"Cat": 1}),
     "cat axis=": (lambda m, x: torch.cat([m.conv(x), m.other(x)], axis=1), {"Cat": 1}),
+    "x.mean": (lambda m, x: m.conv(x).mean([2, 3]), {"Mean": 1}),
+    "x.mean keepdim": (lambda m, x: m.conv(x).mean((-1, -2), keepdim=True), {"Mean": 1}),
+    "torch.mean": (lambda m, x: torch.mean(m.conv(x), dim=1), {"Mean": 1}),
+    "mean of everything": (lambda m, x: m.conv(x).mean(), {}),
+    "mean in float64": (lambda m, x: m.conv(x).mean([2, 3], dtype=torch.float64), {}),
+    "sub alpha": (lambda m, x: torch.sub(m.conv(x), m.other(x), alpha=2), {}),
+    "x - 1": (lambda m, x: m.conv(x) - 1, {}),
+    "1 - x": (lambda m, x: 1 - m.conv(x), {}),
     # Not operations on two tensors on grids.
     "x + 1": (lambda m, x: m.conv(x) + 1, {}),
     "2 * x": (lambda m, x: 2 * m.conv(x), {}),
     "add alpha": (lambda m, x: torch.add(m.conv(x), m.other(x), alpha=2), {}),
-    "x - y": (lambda m, x: m.conv(x) - m.other(x), {}),
     # The BatchNorm does not fold: another user reads what is before it.
     "conv with two users": (lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x)), {"Add": 1}),
     "bn with two users": (lambda m, x: (lambda y: m.relu(y) + y)(m.bn(m.conv(x))), {"ConvBn2d": 1, "Add": 1}),
@@ -238,6 +250,56 @@ def test_forwards(name: str) -> None:
     model = randomise_statistics(Calls(call, **_layers()))
     fused = qbench.fuse(model)
     assert count(fused) == expected
+    assert_same_outputs(model, fused, images())
+
+
+# Calls of activations that stand alone, and what they become: a module of PyTorch's own, with the call's arguments.
+ACTIVATIONS: dict[str, tuple[Callable[..., Any], nn.Module | None]] = {
+    "F.hardswish": (lambda m, x: F.hardswish(m.conv(x)), nn.Hardswish()),
+    "F.hardswish in place": (lambda m, x: F.hardswish(m.conv(x), inplace=True), nn.Hardswish(inplace=True)),
+    "F.silu(x, True)": (lambda m, x: F.silu(m.conv(x), True), nn.SiLU(inplace=True)),
+    "F.hardsigmoid": (lambda m, x: F.hardsigmoid(m.conv(x)), nn.Hardsigmoid()),
+    "x.sigmoid": (lambda m, x: m.conv(x).sigmoid(), nn.Sigmoid()),
+    "x.sigmoid_": (lambda m, x: m.conv(x).sigmoid_(), nn.Sigmoid()),
+    "torch.tanh": (lambda m, x: torch.tanh(m.conv(x)), nn.Tanh()),
+    "F.gelu": (lambda m, x: F.gelu(m.conv(x)), nn.GELU()),
+    "F.gelu tanh": (lambda m, x: F.gelu(m.conv(x), approximate="tanh"), nn.GELU("tanh")),
+    "F.leaky_relu": (lambda m, x: F.leaky_relu(m.conv(x), 0.2), nn.LeakyReLU(0.2)),
+    "F.leaky_relu slope=": (lambda m, x: F.leaky_relu(m.conv(x), negative_slope=0.3), nn.LeakyReLU(0.3)),
+    "F.hardtanh": (lambda m, x: F.hardtanh(m.conv(x), -0.5, 0.5), nn.Hardtanh(-0.5, 0.5)),
+    "F.relu6 of a sum": (lambda m, x: F.relu6(m.conv(x) + m.other(x)), nn.ReLU6()),
+    # It keeps the grid of its input, so it stays a call.
+    "F.relu of the input": (lambda m, x: m.conv(F.relu(x)), None),
+    # Somebody else reads what is written to, or the call has an argument that the module does not have.
+    "in place, read later": (lambda m, x: (lambda y: (F.silu(y, inplace=True), y)[1])(m.conv(x)), None),
+    "in place on the input": (lambda m, x: m.conv(torch.sigmoid_(x)), None),
+    "out=": (lambda m, x: torch.sigmoid(m.conv(x), out=m.other(x)), None),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_that_stand_alone_become_modules(name: str) -> None:
+    call, expected = ACTIVATIONS[name]
+    model = Calls(call, **_layers())
+    fused = qbench.fuse(model)
+    made = [module for path, module in fused.named_modules() if path and path not in ("bn", "relu")]
+    activations = [repr(module) for module in made if type(module).__module__ == "torch.nn.modules.activation"]
+    assert activations == ([] if expected is None else [repr(expected)])
+    assert_same_outputs(model, fused, images())
+
+
+def _reads_what_silu_wrote(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    z = m.silu(y)
+    return y + m.other(z)
+
+
+def test_a_tensor_that_a_module_writes_to_is_read_from_the_module() -> None:
+    """The QAT form of the module does not write, so the other readers must not rely on it."""
+    model = Calls(_reads_what_silu_wrote, conv=nn.Conv2d(3, 4, 1), other=nn.Conv2d(4, 4, 1), silu=nn.SiLU(inplace=True))
+    fused = qbench.fuse(model)
+    assert_same_outputs(model, fused, images())
+    fused.silu.inplace = False
     assert_same_outputs(model, fused, images())
 
 

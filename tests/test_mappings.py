@@ -61,11 +61,24 @@ def test_each_float_type_has_one_class_and_long_chains_come_first() -> None:
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_the_functions_of_activations_compute_what_the_modules_do() -> None:
-    x = torch.linspace(-4, 8, 101)
-    for call, kind in mappings.ACTIVATION_CALLS.items():
-        found = getattr(x.clone(), call)() if isinstance(call, str) else call(x.clone())
-        assert torch.equal(found, kind()(x)), call
+# Arguments of modules, in the order of the function's, that are not the defaults.
+ARGUMENTS: dict[type[nn.Module], tuple[Any, ...]] = {
+    nn.Hardtanh: (-2.0, 3.0),
+    nn.GELU: (),
+    nn.ELU: (0.7,),
+    nn.LeakyReLU: (0.2,),
+    nn.AdaptiveAvgPool2d: ((2, 3),),
+    nn.AvgPool2d: (3, 2, 1, True, False, 5),
+    qbench.nn.Mean: ((-1, 2), True),
+}
+
+
+def test_the_functions_of_one_tensor_compute_what_the_modules_do() -> None:
+    x = torch.linspace(-4, 8, 144).reshape(1, 4, 6, 6)
+    for call, kind in mappings.MODULE_CALLS.items():
+        arguments = ARGUMENTS.get(kind, ())
+        found = getattr(x.clone(), call)(*arguments) if isinstance(call, str) else call(x.clone(), *arguments)
+        assert torch.equal(found, kind(*arguments)(x)), call
 
 
 @pytest.mark.parametrize("call", mappings.TENSOR_OPS, ids=str)

@@ -294,15 +294,16 @@ def test_the_mode_stays(training: bool) -> None:
 LEFT: dict[str, tuple[nn.Module, dict[str, str]]] = {
     "batch norm first": (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), {"0": "it stands alone"}),
     "other types": (
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Sigmoid(), nn.PReLU(), nn.Conv2d(4, 4, 1)),
-        {"1": "GroupNorm", "2": "Sigmoid", "3": "PReLU"},
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Softplus(), nn.PReLU(), nn.Conv2d(4, 4, 1)),
+        {"1": "GroupNorm", "2": "Softplus", "3": "PReLU"},
     ),
     "untraceable": (Untraceable(), {"": "cannot be traced"}),
     "modes": (DropsInTraining(), {"": "differs between training and eval"}),
     "nothing": (SmallNet(), {}),
     "transparent": (
         nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Dropout(), nn.Identity(), nn.Flatten(), nn.Linear(100, 2)
+            *(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Dropout(), nn.Identity(), nn.Sequential(), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(100, 2)),
         ),
         {},
     ),
@@ -338,15 +339,14 @@ def test_the_report_says_what_became_of_what() -> None:
         ("conv.0", "ConvBnReLU2d", "ConvBnReLU2d"),
         ("squeeze", "AdaptiveAvgPool2d", "AdaptiveAvgPool2d"),
         ("excite", "Conv2d", "Conv2d"),
+        ("sigmoid", "Sigmoid", "Sigmoid"),
         ("mul", "Mul", "Mul"),
         ("head", "Conv2d", "Conv2d"),
     }
     assert report.links_recorded
     assert str(report).splitlines() == [
-        "5 modules quantized",
+        "6 modules quantized",
         "input 0 of conv.0: quantized there, an input of the model, or made in float",
-        "input 1 of mul: quantized there, aten.sigmoid leaves the grid",
-        "computed in float: aten.sigmoid of excite",
     ]
     assert "the first forward will be recorded" in str(
         qbench.preparation_report(qbench.prepare_qat(SmallNet(), qconfig=QCONFIG))
@@ -354,13 +354,13 @@ def test_the_report_says_what_became_of_what() -> None:
 
 
 def test_operations_of_a_python_forward_that_stay_in_float_are_reported() -> None:
-    model = Calls(lambda m, x: m.c(torch.tanh(m.a(x) + m.b(x)).relu()), **{k: nn.Conv2d(3, 3, 1) for k in "abc"})
+    model = Calls(lambda m, x: m.c(F.softplus(m.a(x) + m.b(x)).relu()), **{k: nn.Conv2d(3, 3, 1) for k in "abc"})
     report = qbench.preparation_report(prepare(model))
     assert [str(found.operator) for found in report.float_operations] == ["aten.add"]
     (add,) = report.float_operations
     assert add.reads == ("a", "b")
     assert "computed in float: aten.add of a, b; qbench.nn.Add() quantizes it" in str(report)
-    assert qbench.preparation_report(prepare(qbench.fuse(model))).float_operations[0].operator == "aten.tanh"
+    assert qbench.preparation_report(prepare(qbench.fuse(model))).float_operations[0].operator == "aten.softplus"
 
 
 def test_a_prepared_model_prints_well() -> None:

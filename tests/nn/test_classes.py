@@ -37,10 +37,22 @@ PARTS: dict[type[nn.Module], Callable[[], nn.Module]] = {
     nn.ReLU6: nn.ReLU6,
     qnn.Add: qnn.Add,
     qnn.AddReLU: qnn.AddReLU,
+    qnn.Sub: qnn.Sub,
     qnn.Mul: qnn.Mul,
     qnn.Cat: lambda: qnn.Cat(1),
+    qnn.Mean: lambda: qnn.Mean(1, keepdim=True),
     nn.AdaptiveAvgPool2d: lambda: nn.AdaptiveAvgPool2d((2, 3)),
     nn.AvgPool2d: lambda: nn.AvgPool2d(2, stride=1, padding=1, count_include_pad=False),
+    nn.ELU: lambda: nn.ELU(0.7),
+    nn.GELU: lambda: nn.GELU("tanh"),
+    nn.Hardsigmoid: nn.Hardsigmoid,
+    nn.Hardswish: nn.Hardswish,
+    nn.Hardtanh: lambda: nn.Hardtanh(-1.5, 0.7),
+    nn.LeakyReLU: lambda: nn.LeakyReLU(0.2),
+    nn.Mish: nn.Mish,
+    nn.SiLU: nn.SiLU,
+    nn.Sigmoid: nn.Sigmoid,
+    nn.Tanh: nn.Tanh,
 }
 DIMS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.ConvTranspose2d: 2, nn.Linear: 0}
 
@@ -56,7 +68,7 @@ def float_modules(qat: type[QatModule]) -> Iterator[nn.Module]:
 
 def example(qat: type[QatModule]) -> tuple[Tensor, ...]:
     if issubclass(qat, QatOp):
-        count = 1 if issubclass(qat, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)) else 2
+        count = 2 if issubclass(qat, (qnn.Add, qnn.Sub, qnn.Mul, qnn.Cat)) else 1
         return tuple(batch((2, 4, 5, 5), seed=seed) for seed in range(count))
     return (batch((8, 4, *[5] * DIMS[qat.linear_type])),)
 

@@ -1,5 +1,18 @@
 """QAT forms of standalone layers and operations, each with `from_float` and `to_float`."""
 
+from qbench.nn.qat.activations import (
+    ELU,
+    GELU,
+    Hardsigmoid,
+    Hardswish,
+    Hardtanh,
+    LeakyReLU,
+    Mish,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Tanh,
+)
 from qbench.nn.qat.body import ParameterCodes, QatLayer, QatModule, QatOp, freeze_bn_stats, update_bn_stats
 from qbench.nn.qat.layers import (
     AdaptiveAvgPool2d,
@@ -12,7 +25,9 @@ from qbench.nn.qat.layers import (
     Conv3d,
     ConvTranspose2d,
     Linear,
+    Mean,
     Mul,
+    Sub,
 )
 
 __all__ = [
@@ -25,12 +40,25 @@ __all__ = [
     "Conv2d",
     "Conv3d",
     "ConvTranspose2d",
+    "ELU",
+    "GELU",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "LeakyReLU",
     "Linear",
+    "Mean",
+    "Mish",
     "Mul",
     "ParameterCodes",
     "QatLayer",
     "QatModule",
     "QatOp",
+    "ReLU6",
+    "SiLU",
+    "Sigmoid",
+    "Sub",
+    "Tanh",
     "freeze_bn_stats",
     "update_bn_stats",
 ]

@@ -51,6 +51,12 @@ class AddReLU(QatOp, ops.AddReLU):
     float_type = ops.AddReLU
 
 
+class Sub(QatOp, ops.Sub):
+    """Sub with a quantized output."""
+
+    float_type = ops.Sub
+
+
 class Mul(QatOp, ops.Mul):
     """Mul with a quantized output."""
 
@@ -61,6 +67,12 @@ class Cat(QatOp, ops.Cat):
     """Cat with a quantized output."""
 
     float_type = ops.Cat
+
+
+class Mean(QatOp, ops.Mean):
+    """Mean with a quantized output: an average of codes lies between codes."""
+
+    float_type = ops.Mean
 
 
 class AdaptiveAvgPool2d(QatOp, nn.AdaptiveAvgPool2d):
