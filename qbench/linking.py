@@ -279,7 +279,7 @@ def _float_operations(links: Links) -> Iterator[FloatOperation]:
 
 
 # Operators of which there is a module that owns a quantizer; `fuse` puts it in place where it can trace.
-_AS_MODULES = {"add": "Add", "mul": "Mul", "cat": "Cat"}
+_AS_MODULES = {"add": "Add", "sub": "Sub", "mul": "Mul", "cat": "Cat"}
 
 
 def _group(names: dict[QatModule, str], links: Links) -> _Groups:

@@ -307,7 +307,8 @@ def _reason_for_float(module: nn.Module, qat_type: type[QatModule] | None, qconf
     if isinstance(module, Fused):
         return f"no QAT class is registered for {type(module).__name__}: qbench.register_pattern" if qconfig else ""
     leaf = not any(True for _ in module.children())
-    if not leaf or isinstance(module, _TRANSPARENT):
+    # An empty Sequential is a branch that hands its input on.
+    if not leaf or isinstance(module, _TRANSPARENT) or type(module) is nn.Sequential:
         return ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "it stands alone: qbench.fuse folds a BatchNorm into the layer before it, unless others read that layer"
