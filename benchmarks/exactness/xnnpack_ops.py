@@ -1,0 +1,238 @@
+"""The operations of XNNPACK against its own codes: small Q/DQ programs through `to_executorch`, run in this process.
+
+A program takes codes and gives codes, so that no float step stands between what is compared. Several cases of one
+operation share a file, because lowering costs more than running.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import executorch.exir  # noqa: F401  the import that says whether the runtime is there
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.exactness import cases
+from benchmarks.exactness.results import OpResult, Tally
+from qbench.export import to_executorch
+from qbench.export.runtimes import run_executorch
+from qbench.graph.qdq import quantized_decomposed
+from qbench.numerics.arithmetic import Grid
+from qbench.numerics.arithmetic.xnnpack import ARITHMETIC
+
+TARGET = "xnnpack"
+#: Cases a file holds.
+_CASES = 12
+_LAYERS = ("linear", "conv1d", "conv2d", "depthwise", "conv_transpose1d", "conv_transpose2d")
+_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}
+#: log2 of the ratios s / s_out between which XNNPACK takes the operation.
+_RATIOS = {"add": (-10.0, 7.99), "sub": (-10.0, 7.99), "mul": (-10.0, 3.5)}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.01),
+}
+_PARAMETERS = {"leaky_relu": (0.01,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation with its numbers.
+
+    Attributes:
+        compute: The Q/DQ form: the program's inputs -> codes.
+        inputs: Codes or floats.
+        expected: The codes of this library's function.
+    """
+
+    compute: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    expected: Tensor
+
+
+class Program(nn.Module):
+    """The cases as one program, each with inputs of its own."""
+
+    def __init__(self, cases_: list[Case]) -> None:
+        super().__init__()
+        self.cases = cases_
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The codes of each case."""
+        left = iter(inputs)
+        return tuple(case.compute(*[next(left) for _ in case.inputs]) for case in self.cases)
+
+
+def runtime_codes(cases_: list[Case]) -> list[Tensor]:
+    """What XNNPACK gives for each case."""
+    # Tensors that are one object would become one input: then all readers share one input's scale.
+    inputs = tuple(tensor.clone() for case in cases_ for tensor in case.inputs)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        program = torch.export.export(Program(cases_).eval(), inputs, strict=False)
+        report = to_executorch(program, Path(folder) / "case.pte")
+        [outputs] = run_executorch(report.path, [[tensor.numpy() for tensor in inputs]], 1)
+    return [torch.from_numpy(output) for output in outputs]
+
+
+def quantize(x: Tensor, grid: Grid) -> Tensor:
+    """q of the program."""
+    return quantized_decomposed().quantize_per_tensor.default(x, *grid)
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """dq of the program."""
+    return quantized_decomposed().dequantize_per_tensor.default(codes, *grid)
+
+
+def quantize_case(rng: np.random.Generator) -> Case:
+    """Floats -> codes."""
+    out = cases.grid(rng)
+    x = cases.floats(rng, 40_000, out)
+    return Case(lambda x: quantize(x, out), (x,), ARITHMETIC.quantize(x, out))
+
+
+def binary_case(rng: np.random.Generator, op: str) -> Case:
+    """All pairs of codes; one in three broadcast."""
+    a_grid, b_grid, out = cases.binary_grids(rng, low=_RATIOS[op][0], high=_RATIOS[op][1])
+    if op == "mul":  # The ratio of a product is of both scales.
+        b_grid = b_grid._replace(scale=cases.float32(b_grid.scale / out.scale))
+    a, b = cases.all_pairs()
+    if rng.integers(3) == 0:
+        a, b = a[:, :1].contiguous(), b[:1].contiguous()
+    function, ours = _BINARY[op], getattr(ARITHMETIC, op)
+    return Case(
+        lambda a, b: quantize(function(dequantize(a, a_grid), dequantize(b, b_grid)), out),
+        (a, b),
+        ours(a, a_grid, b, b_grid, out),
+    )
+
+
+def layer_case(rng: np.random.Generator, layer: cases.Layer, kind: str, per_channel: bool) -> Case:
+    """A convolution or matrix product."""
+    data = cases.layer_data(rng, layer, kind, per_channel=per_channel, largest_ratio=2.0**8)
+    bias = data.bias.to(torch.float32) * data.bias_scales
+    recovered = torch.round(bias * (1.0 / data.bias_scales)).to(torch.float64).clamp(-(2.0**31), 2.0**31 - 1)
+    acc = cases.accumulate(dataclasses.replace(data, bias=recovered))
+    expected = ARITHMETIC.requantize(acc, data.spread_channels(data.bias_scales), data.out)
+    return Case(lambda x: _layer(x, data, bias), (data.codes,), expected)
+
+
+def _layer(x: Tensor, data: cases.LayerData, bias: Tensor) -> Tensor:
+    of, x = data.layer, dequantize(x, data.source)
+    weight = _weight(data)
+    if of.dims == 0:
+        return quantize(F.linear(x, weight, bias), data.out)
+    if of.transposed:
+        transposed = (F.conv_transpose1d, F.conv_transpose2d)[of.dims - 1]
+        y = transposed(x, weight, bias, of.stride, of.padding, of.output_padding, of.groups, of.dilation)
+        return quantize(y, data.out)
+    y = (F.conv1d, F.conv2d)[of.dims - 1](x, weight, bias, of.stride, of.padding, of.dilation, of.groups)
+    return quantize(y, data.out)
+
+
+def _weight(data: cases.LayerData) -> Tensor:
+    ops, span = quantized_decomposed(), (-127, 127, torch.int8)
+    if not data.weight_scales.dim():
+        return ops.dequantize_per_tensor.default(data.weight, float(data.weight_scales), 0, *span)
+    zeros = torch.zeros(len(data.weight_scales), dtype=torch.int64)
+    axis = 1 if data.layer.transposed else 0
+    return ops.dequantize_per_channel.default(data.weight, data.weight_scales, zeros, axis, *span)
+
+
+def max_pool_case(rng: np.random.Generator) -> Case:
+    """Windows of 2 and 3, with padding; one grid at both ends."""
+    grid = cases.grid(rng)
+    codes = cases.codes(rng, (4, 16, 24, 24))
+    kernel, stride, padding = [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 2, 2)][rng.integers(4)]
+    return Case(
+        lambda x: quantize(F.max_pool2d(dequantize(x, grid), kernel, stride, padding), grid),
+        (codes,),
+        F.max_pool2d(codes.to(torch.float32), kernel, stride, padding).to(torch.int8),
+    )
+
+
+def global_average_case(rng: np.random.Generator) -> Case:
+    """Means of every sum that some sizes can have, near the ends and the middle."""
+    size = [(1, 1), (1, 7), (2, 3), (2, 5), (3, 3), (5, 5), (7, 7), (8, 8), (14, 14), (9, 31)][rng.integers(10)]
+    count = size[0] * size[1]
+    source, out = cases.unary_grids(rng, low=-8.0, high=7.9)
+    if rng.integers(2):  # Ties of the mean.
+        out = out._replace(scale=cases.float32(source.scale * 2 / count * rng.integers(1, 4)))
+    sums = torch.from_numpy(rng.integers(-128 * count, 127 * count + 1, 8192))
+    spread = (sums // count)[:, None] + (torch.arange(count) < (sums % count)[:, None])
+    x = spread.to(torch.int8).reshape(4, 2048, *size)
+    total = (spread - source.zero_point).sum(1).reshape(4, 2048, 1, 1)
+    return Case(
+        lambda x: quantize(dequantize(x, source).mean([2, 3], keepdim=True), out),
+        (x,),
+        ARITHMETIC.global_average(total, count, source, out),
+    )
+
+
+def rescale_case(rng: np.random.Generator) -> Case:
+    """All codes on another grid."""
+    source, out = cases.unary_grids(rng)
+    codes = cases.all_codes().repeat(8)
+    return Case(lambda x: quantize(dequantize(x, source), out), (codes,), ARITHMETIC.rescale(codes, source, out))
+
+
+def table_case(rng: np.random.Generator, name: str) -> Case:
+    """All codes through a function."""
+    source, out = cases.unary_grids(rng, low=-4.0, high=4.0)
+    if rng.integers(4):  # The functions bend near zero.
+        source = source._replace(scale=cases.float32(2.0 ** rng.uniform(-7, -3)))
+        out = out._replace(scale=cases.float32(2.0 ** rng.uniform(-9, -3)))
+    codes, function = cases.all_codes(), _FUNCTIONS[name]
+    return Case(
+        lambda x: quantize(function(dequantize(x, source)), out),
+        (codes,),
+        ARITHMETIC.table(name, _PARAMETERS.get(name, ()), source, out),
+    )
+
+
+def draw(op: str, seed: int) -> Iterator[Case]:
+    """The cases of an operation, without end."""
+    rng = cases.generator(seed, TARGET, op)
+    while True:
+        if op in _BINARY:
+            yield binary_case(rng, op)
+        elif op in _LAYERS:
+            for layer in cases.LAYERS[op]:
+                if layer.transposed and layer.groups > 1:
+                    continue  # Not delegated as quantized.
+                kind = cases.KINDS[rng.integers(len(cases.KINDS))]
+                grown = dataclasses.replace(layer, batch=layer.batch * 8)
+                yield layer_case(rng, grown, kind, bool(rng.integers(4)))
+        elif op in _FUNCTIONS:
+            yield table_case(rng, op)
+        else:
+            yield _OTHERS[op](rng)
+
+
+_OTHERS = {
+    "quantize": quantize_case,
+    "max_pool2d": max_pool_case,
+    "global_average": global_average_case,
+    "rescale": rescale_case,
+}
+OPS = (*_OTHERS, *_BINARY, *_LAYERS, *_FUNCTIONS)
+
+
+def sweep(op: str, codes: int, seed: int) -> OpResult:
+    """Compare at least `codes` codes of an operation."""
+    tally, source = Tally(), draw(op, seed)
+    while tally.compared < codes:
+        group = [next(source) for _ in range(_CASES)]
+        for case, found in zip(group, runtime_codes(group), strict=True):
+            tally.add(case.expected, found)
+    return tally.result(op, TARGET)
