@@ -9,21 +9,23 @@ Shapes: input (batch, in, …) or (in, …); weight (out, in / groups, …), tra
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from qbench.numerics.arithmetic import Grid
 from qbench.ops import exact
 from qbench.ops.arguments import channel_scale, check_weight, empty_like_format, input_grid, operation, output_grid
 from qbench.ops.geometry import Geometry, numbers
+from qbench.ops.kernels import packed, sum_products
 from qbench.ops.library import OUT, define
+from qbench.ops.plans import remembered
 
 _LAYER = "Tensor input, float input_scale, int input_zero_point, Tensor weight, Tensor weight_scales, Tensor? bias"
-_FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+# Results a block: a few MiB of float sums stay in a cache until they are codes. Batches are summed image by image then.
+_BLOCK = 2**20
 
 
 def convolve(
@@ -46,10 +48,13 @@ def convolve(
     requantize = operation(out[-1], "requantize")
     if codes.numel() == 0:
         return codes
-    batched = input if input.ndim == weight.ndim else input.unsqueeze(0)
-    acc = _exact_sum(batched, grid, weight, bias, geometry)
-    scale = channel_scale(input_scale, weight_scales, geometry.dims)
-    return codes.copy_(requantize(acc, scale, output_grid(*out)).reshape(codes.shape))
+    scale, out_grid = channel_scale(input_scale, weight_scales, geometry.dims), output_grid(*out)
+    parts = _parts(weight, bias, grid, geometry)
+    batched, results = (input, codes) if input.ndim == weight.ndim else (input[None], codes[None])
+    images = max(1, _BLOCK // results[0].numel())
+    for x, y in zip(batched.split(images), results.split(images), strict=True):
+        y.copy_(requantize(_exact_sum(x, grid, parts, geometry), scale, out_grid))
+    return codes
 
 
 def fake_convolve(
@@ -83,28 +88,31 @@ def _checked(
     return grid, empty_like_format(shape, output_grid(*out).dtype, input)
 
 
-def _exact_sum(x: Tensor, grid: Grid, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """`acc` (batch, out, …) in float32 or float64, exact."""
-    layer = exact.plan(weight, rows(weight, geometry), bias, grid, float32=False)
-    differences = exact.differences(x, grid, layer.weight.dtype)
-    sizes = geometry.stride, geometry.padding
-    if geometry.transposed:
-        call = _TRANSPOSED[geometry.dims]
-        return call(
-            differences, layer.weight, layer.bias, *sizes, geometry.output_padding, geometry.groups, geometry.dilation
-        )
-    return _FORWARD[geometry.dims](differences, layer.weight, layer.bias, *sizes, geometry.dilation, geometry.groups)
+def _parts(weight: Tensor, bias: Tensor | None, grid: Grid, geometry: Geometry) -> list[exact.Part]:
+    """The plan of a layer, remembered."""
+    float32 = exact.float32_is_summed(weight.device, "conv")
+
+    def make() -> list[exact.Part]:
+        parts = exact.plan(weight, by_channel(weight, geometry), 1, bias, grid, float32=float32)
+        return [dataclasses.replace(part, weight=packed(part.weight, geometry)) for part in parts]
+
+    return remembered(weight, bias, (grid.zero_point, grid.dtype, geometry, float32), make)
 
 
-def rows(weight: Tensor, geometry: Geometry) -> Tensor:
-    """Weight codes by output channel: (out, products of one output).
+def by_channel(weight: Tensor, geometry: Geometry) -> Tensor:
+    """Weight codes as (out, in, products); with groups, or transposed, as (out, 1, products): not to be split.
 
-    A transposed weight (in, out / groups, …) -> (groups, in / groups, out / groups, …) -> (out, in / groups · …).
+    A transposed weight (in, out / groups, …) -> (groups, in / groups, out / groups, …) -> (out, in / groups, …).
     """
     if not geometry.transposed:
-        return weight.flatten(1)
+        return weight.flatten(2) if geometry.groups == 1 else weight.flatten(1)[:, None]
     grouped = weight.unflatten(0, (geometry.groups, -1)).transpose(1, 2)
-    return grouped.flatten(0, 1).flatten(1)
+    return grouped.flatten(0, 1).flatten(1)[:, None]
+
+
+def _exact_sum(x: Tensor, grid: Grid, parts: list[exact.Part], geometry: Geometry) -> Tensor:
+    """`acc` (batch, out, …) in float32 or float64, exact; a tensor that nobody else holds."""
+    return exact.add_parts(x, grid, 1, parts, lambda run, part: sum_products(run, part.weight, part.bias, geometry))
 
 
 def _define_forward(dims: int) -> None:

@@ -19,6 +19,7 @@ from qbench.numerics.arithmetic import Grid
 from qbench.ops import exact
 from qbench.ops.arguments import channel_scale, check_weight, input_grid, operation, output_grid
 from qbench.ops.library import OUT, define
+from qbench.ops.plans import remembered
 
 
 def linear(
@@ -40,8 +41,14 @@ def linear(
     requantize = operation(out[-1], "requantize")
     if codes.numel() == 0:
         return codes
-    layer = exact.plan(weight, weight, bias, grid, float32=exact.float32_is_summed(input.device, "matmul"))
-    acc = F.linear(exact.differences(input, grid, layer.weight.dtype), layer.weight, layer.bias)
+    float32 = exact.float32_is_summed(input.device, "matmul")
+    parts = remembered(
+        weight,
+        bias,
+        (grid.zero_point, grid.dtype, float32),
+        lambda: exact.plan(weight, weight[..., None], 1, bias, grid, float32=float32),
+    )
+    acc = exact.add_parts(input, grid, -1, parts, lambda run, part: F.linear(run, part.weight, part.bias))
     return requantize(acc, channel_scale(input_scale, weight_scales, 0), output_grid(*out))
 
 
