@@ -46,7 +46,7 @@ def _to_codes(steps: Tensor, out: Grid) -> Tensor:
 def requantize(acc: Tensor, scale: Tensor, out: Grid) -> Tensor:
     """The output of QLinearConv and QGemm."""
     multiplier = scale / _tensor(out.scale, scale)
-    return _to_codes(acc.to(torch.float32) * multiplier, out)
+    return _to_codes(acc.to(torch.float32).mul_(multiplier), out)
 
 
 def add(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, out: Grid) -> Tensor:
