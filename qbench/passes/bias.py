@@ -103,8 +103,8 @@ def quantize_bias(
         except _NotDone as why:
             notes[why.kind].append(LayerNote(node.name, module_path(node), why.reason))
     notes["refused"] += _inside_branches(constants.graph_module)
-    for plan in plans:
-        _apply(plan, constants, options)
+    replaced = [_apply(plan, constants, options) for plan in plans]
+    constants.drop_unused(key for bias in replaced if bias is not None for key in _forget(bias, constants))
     if plans:
         constants.finish()
     return BiasReport(
@@ -323,15 +323,18 @@ def _inside_branches(graph_module: fx.GraphModule) -> list[LayerNote]:
         if module is graph_module or not isinstance(module, fx.GraphModule):
             continue
         constants = ModuleConstants(module)
-        notes += [
-            LayerNote(node.name, path, "it is inside a branch of control flow, which the pass does not enter")
-            for node in module.graph.nodes
-            if (layer := read_layer(node, constants)) is not None and uses_dequantize(layer.node)
-        ]
+        dequantized: set[fx.Node] = set()  # nodes that a dequantize operator takes part in computing
+        for node in module.graph.nodes:
+            if is_dequantize(node) or not dequantized.isdisjoint(node.all_input_nodes):
+                dequantized.add(node)
+            if node in dequantized and read_layer(node, constants) is not None:
+                reason = "it is inside a branch of control flow, which the pass does not enter"
+                notes.append(LayerNote(node.name, path, reason))
     return notes
 
 
-def _apply(plan: _Plan, constants: Constants, options: _Options) -> None:
+def _apply(plan: _Plan, constants: Constants, options: _Options) -> fx.Node | None:
+    """Rewrite one layer; returns the node of the float bias that it read."""
     node, old = plan.layer.node, plan.layer.bias
     codes = _store_codes(plan, constants)
     neighbour = _nearest_dequantize(plan.layer)
@@ -343,8 +346,7 @@ def _apply(plan: _Plan, constants: Constants, options: _Options) -> None:
         refresh(node)
     else:
         set_argument(node, plan.layer.bias_name, dequantize)
-    if old is not None:
-        _forget(old, constants)
+    return old
 
 
 def _store_codes(plan: _Plan, constants: Constants) -> fx.Node:
@@ -385,15 +387,13 @@ def _nearest_dequantize(layer: Layer) -> fx.Node:
     return node
 
 
-def _forget(bias: fx.Node, constants: Constants) -> None:
-    """Drop what only computed the float bias, down to the stored tensors."""
-    if bias.users:
-        return
+def _forget(bias: fx.Node, constants: Constants) -> list[str]:
+    """Drop what only computed the float bias; returns the keys of the stored tensors that may have lost a reader."""
     key = constants.key(bias)
     if key is not None:
-        constants.drop_unused([key])
-        return
+        return [key]
+    if bias.users or bias._erased:
+        return []
     sources = bias.all_input_nodes
     constants.graph.erase_node(bias)
-    for source in sources:
-        _forget(source, constants)
+    return [key for source in sources for key in _forget(source, constants)]

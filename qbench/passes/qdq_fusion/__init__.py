@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
@@ -106,23 +105,37 @@ def _target(module: fx.GraphModule, given: str | targets.Target | None) -> targe
 def _left_float(constants: Constants, missed: tuple[Miss, ...]) -> tuple[FloatOperator, ...]:
     """Operators that compute real values from real values, in a program's integer form."""
     reasons = {miss.node: miss.reason for miss in missed}
+    real: set[fx.Node] = set()
     found = []
     for node in constants.graph.nodes:
-        if node.op != "call_function" or is_quantize(node) or is_dequantize(node) or node.target is operator.getitem:
-            continue
-        if not _is_float(node) or not any(map(_is_float, node.all_input_nodes)):
-            continue
-        called = overload(node.target)
-        if called is not None and called.namespace == "qbench":
-            continue
-        reason = reasons.get(node.name, "no rule starts at this operator")
-        found.append(FloatOperator(node.name, str(node.target), module_path(node), reason))
+        reads_real = not real.isdisjoint(node.all_input_nodes)
+        if _is_real(node, reads_real, constants):
+            real.add(node)
+            if reads_real and node.op == "call_function" and not _is_expected(node):
+                reason = reasons.get(node.name, "no rule starts at this operator")
+                found.append(FloatOperator(node.name, str(node.target), module_path(node), reason))
     return tuple(found)
 
 
-def _is_float(node: fx.Node) -> bool:
+def _is_real(node: fx.Node, reads_real: bool, constants: Constants) -> bool:
+    """Whether a node holds real values; a graph whose nodes keep no values (PT2E's) is followed from its inputs."""
     value = node.meta.get("val")
-    values = value if isinstance(value, (list, tuple)) else (value,)
-    return any(isinstance(part, Tensor) and part.dtype.is_floating_point for part in values) or (
-        value is None and node.op == "call_function" and not isinstance(node.target, torch._ops.HigherOrderOperator)
-    )
+    if value is None and constants.key(node) is not None:
+        value = constants.get(node)
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else None
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    if _is_fused(node) or is_quantize(node):
+        return False
+    return reads_real or is_dequantize(node) or node.op == "placeholder"
+
+
+def _is_expected(node: fx.Node) -> bool:
+    """Whether a node may hold real values in an integer program: boundaries, parts of a list, fused operators."""
+    return is_dequantize(node) or is_quantize(node) or _is_fused(node) or node.target is operator.getitem
+
+
+def _is_fused(node: fx.Node) -> bool:
+    called = overload(node.target) if node.op == "call_function" else None
+    return called is not None and called.namespace == "qbench"

@@ -163,7 +163,18 @@ class FusionContext:
         new = insert_call(node, operator, arguments)
         new.meta[CODES_OF] = node.meta.get(CODES_OF, node.name)
         read_instead(node, new, self.constants)
+        _erase(node)
         return new
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node that nothing reads, and what only it read: no later rule shall look at the ruins of a match."""
+    if node.users or node.op != "call_function" or node.is_impure():
+        return
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        _erase(source)
 
 
 def grid_of(qparams: QParams, dtype: torch.dtype) -> Grid:

@@ -48,16 +48,17 @@ class LayerRule(Rule[FusionContext, FusedLayer]):
         layer = read_layer(node, context.constants)
         if layer is None:
             return None
-        operator, geometry = self.operation(layer)
         weight, views = _stored_weight(layer.weight, context)
+        shape = _weight_shape(layer, weight, context)
+        operator, geometry = self.operation(layer, shape)
         scales = _scales(layer, context)
         input = context.codes(layer.input)
         results = context.results(node)
         bias = _bias_codes(layer, input, scales, context)
         return FusedLayer(layer, input, weight, views, scales, bias, results, operator, geometry)
 
-    def operation(self, layer: Layer) -> tuple[Any, tuple[Any, ...]]:
-        """The fused overload and the arguments between bias and output."""
+    def operation(self, layer: Layer, shape: Sequence[int]) -> tuple[Any, tuple[Any, ...]]:
+        """The fused overload and the arguments between bias and output; `shape` is that of the weight."""
         raise NotImplementedError
 
     def rewrite(self, found: FusedLayer, context: FusionContext) -> Sequence[fx.Node]:
@@ -74,12 +75,11 @@ class LinearRule(LayerRule):
     name = "linear"
     anchors = (aten.linear, aten.addmm, aten.mm, aten.matmul, aten.add)
 
-    def operation(self, layer: Layer) -> tuple[Any, tuple[Any, ...]]:
+    def operation(self, layer: Layer, shape: Sequence[int]) -> tuple[Any, tuple[Any, ...]]:
         """See `LayerRule.operation`."""
         if overload(layer.node.target) is aten.add.Tensor:
             raise Refused("a product whose bias is added behind views has no integer operator")
-        shape = shape_of(layer.weight)
-        if shape is not None and len(shape) != 2:
+        if len(shape) != 2:
             raise Refused(f"its weight has {len(shape)} dims; the integer operator takes (out, in)")
         return torch.ops.qbench.linear_q8ta_q8csw_q8to.default, ()
 
@@ -93,12 +93,9 @@ class ConvolutionRule(LayerRule):
         aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
     )  # fmt: skip
 
-    def operation(self, layer: Layer) -> tuple[Any, tuple[Any, ...]]:
+    def operation(self, layer: Layer, shape: Sequence[int]) -> tuple[Any, tuple[Any, ...]]:
         """See `LayerRule.operation`."""
         node = layer.node
-        shape = shape_of(layer.weight)
-        if shape is None:
-            raise Refused("its weight has no known shape")
         dims = len(shape) - 2
         input = shape_of(layer.input)
         if input is not None and len(input) != dims + 2:
@@ -149,6 +146,16 @@ def _stored_weight(node: fx.Node, context: FusionContext) -> tuple[Dequantize, t
     if bool(found.qparams.zero_point.any()):
         raise Refused("its weight has a zero point that is not 0")
     return found, tuple(views)
+
+
+def _weight_shape(layer: Layer, weight: Dequantize, context: FusionContext) -> Sequence[int]:
+    known = shape_of(layer.weight)
+    if known is None:
+        stored = context.constants.get(weight.source if layer.weight is weight.node else layer.weight)
+        known = None if stored is None else stored.shape
+    if known is None:
+        raise Refused("its weight is computed while the program runs")
+    return known
 
 
 def _scales(layer: Layer, context: FusionContext) -> Tensor:
