@@ -3,7 +3,9 @@
 The program is a `torch.export.ExportedProgram` of aten and `quantized_decomposed` operators with the user's inputs and
 outputs. Every quantized operation has a dequantize directly at each input and a quantize at its output; weights are
 integer codes; each bias is a float32 tensor that lies on its grid, which a runtime's own rounding recovers
-(docs/equations.md) and `qbench.passes.quantize_bias` turns into int32 codes.
+(docs/equations.md) and `qbench.passes.quantize_bias` turns into int32 codes. Layers that quantize their weight
+only have dq(weight codes) alone and the bias as it was trained; the program notes their paths, so that no pass takes
+such a bias for one that was trained on a grid.
 """
 
 from __future__ import annotations
@@ -64,6 +66,9 @@ def convert(
     remove_redundant_qdq(program)
     custom = program.graph_module.meta.setdefault("custom", {})
     custom["qbench"] = {"target": report.target}
+    weight_only = [path for path, module in quantized_modules(model) if module.qconfig.weight_only]
+    if weight_only:
+        custom["qbench"]["weight_only"] = weight_only
     return program
 
 
@@ -122,7 +127,7 @@ def _target(modules: dict[str, QatModule], target: str | targets.Target | None) 
 def _check_module(path: str, module: QatModule, target: targets.Target) -> DeployedLayer | None:
     """Raise for everything that would make a wrong program, with the path of the module."""
     try:
-        if module.sources is None:
+        if module.sources is None and module.output_quantizer is not None:
             raise LinkError(
                 "the quantizer of its input is not known: no recorded forward reached it. Give prepare_qat one example "
                 "per path of control flow, example_inputs=[(x, True), (x, False)]"
@@ -132,7 +137,8 @@ def _check_module(path: str, module: QatModule, target: targets.Target) -> Deplo
             raise NumericsError(
                 f"fake-quant of {disabled[0].label} is disabled; model.apply(qbench.enable_fake_quant) before convert"
             )
-        module.output_quantizer.deployed_qparams()
+        if module.output_quantizer is not None:
+            module.output_quantizer.deployed_qparams()
         return _deployed(path, module, target) if isinstance(module, QatLayer) else None
     except QBenchError as error:
         message = str(error)
@@ -141,6 +147,9 @@ def _check_module(path: str, module: QatModule, target: targets.Target) -> Deplo
 
 def _deployed(path: str, layer: QatLayer, target: targets.Target) -> DeployedLayer:
     codes = layer.parameter_codes()
+    scales = (float(codes.weight_qparams.scale.min()), float(codes.weight_qparams.scale.max()))
+    if codes.bias is None:
+        return DeployedLayer(path, scales, None, None, 0, 1.0, 0)
     source = layer.input_qparams()
     zero = int(source.zero_point)
     largest = max(source.qmax - zero, zero - source.qmin)
@@ -163,7 +172,7 @@ def _deployed(path: str, layer: QatLayer, target: targets.Target) -> DeployedLay
         coarsened = torch.where(codes.silenced, 1.0, coarsened)  # a factor means nothing where no code is left
     return DeployedLayer(
         path,
-        (float(codes.weight_qparams.scale.min()), float(codes.weight_qparams.scale.max())),
+        scales,
         int(codes.bias.abs().max()),
         int(bound.max()),
         int((coarsened > 1).sum()),

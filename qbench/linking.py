@@ -3,7 +3,7 @@
 A tensor that a quantizer puts out is followed through operators that keep its grid (`graph.scale_preserving`).
 Producers that meet at one input — branches of Python control flow, pyramid levels, the inputs of a concat — become one
 shared quantizer, because hardware has one `s_in` there. An input that no quantizer produced gets a quantizer at its
-consumer.
+consumer. Modules that quantize their weight only take any input as it comes and put out float: they have no links.
 
 Three traps: a tensor must be kept alive by the key that stands for it (ids are reused), so keys are weak tensor
 references; a tag is void when the tensor was written to since (`_version`), or writes through a view would give wrong
@@ -73,7 +73,7 @@ def link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]
     with _quiet(model, modules.values()):
         for args, kwargs in calls:
             _record(model, modules.values(), links, args, kwargs)
-        missing = [module for module in modules.values() if module not in links.seen]
+        missing = [module for module in modules.values() if module not in links.seen and _has_links(module)]
         if missing:
             # Auxiliary heads run in training only: show containers training mode, but no BatchNorm and no dropout. What
             # was reached before is not looked at again: functional dropout is no part of what is deployed.
@@ -163,26 +163,33 @@ def _record(
     recorder = _Recorder(links)
 
     def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        recorder.depth += 1
+        if not _has_links(module):
+            return
         for index, tensor in enumerate(t for t in (*inputs, *named.values()) if isinstance(t, Tensor)):
             links.add(module, index, recorder.producer_or_source(tensor, "an input of the model, or made in float"))
-        recorder.depth += 1
 
     def leave(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         recorder.depth -= 1
+        if not _has_links(module):
+            recorder.tag(output, FloatSource(f"the {type(module).__name__} before it quantizes its weight only"))
 
     def after(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         recorder.tag(output, module)
 
     with contextlib.ExitStack() as stack:
         for module in modules:
-            for handle in (
-                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-                module.register_forward_hook(leave, prepend=True),
-                module.output_quantizer.register_forward_hook(after),
-            ):
-                stack.callback(handle.remove)
+            stack.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave, prepend=True).remove)
+            if module.output_quantizer is not None:
+                stack.callback(module.output_quantizer.register_forward_hook(after).remove)
         stack.enter_context(recorder)
         model(*args, **kwargs)
+
+
+def _has_links(module: QatModule) -> bool:
+    """Whether a module's activations are quantized."""
+    return module.output_quantizer is not None
 
 
 @contextlib.contextmanager
@@ -268,7 +275,7 @@ def _connect(model: nn.Module, modules: dict[str, QatModule], links: Links) -> L
         module.connect(tuple(sources), tuple(owned))
     shared = _merge(modules, groups, members)
     label_quantizers(model)
-    unreached = tuple(name for name, module in modules.items() if module not in links.seen)
+    unreached = tuple(name for name, module in modules.items() if module not in links.seen and _has_links(module))
     return LinkResult(tuple(float_inputs), tuple(_float_operations(links)), shared, unreached)
 
 
@@ -289,7 +296,7 @@ def _group(names: dict[QatModule, str], links: Links) -> _Groups:
             groups.join(list(producers), f"they meet at input {index} of {names[module]}")
     for module, inputs in links.seen.items():
         target = module.qconfig.deployment
-        if module.float_type.__name__ in target.shared_ops:
+        if module.float_type.__name__ in target.shared_ops and module.output_quantizer is not None:
             everything = [producer for producers in inputs.values() for producer in producers]
             groups.join([*everything, module.output_quantizer], f"{names[module]} needs one grid on target {target}")
     return groups
@@ -301,10 +308,10 @@ def _with_version(tensor: Tensor) -> Tensor:
 
 
 def _like(module: QatModule) -> FakeQuantize:
-    quantizer = module.qconfig.make_activation().train(module.training)
-    quantizer.observer_enabled = module.output_quantizer.observer_enabled
-    quantizer.fake_quant_enabled = module.output_quantizer.fake_quant_enabled
-    return quantizer.to(next((b.device for b in module.output_quantizer.buffers()), "cpu"))
+    quantizer, own = module.qconfig.make_activation().train(module.training), module.output_quantizer
+    assert own is not None  # only modules with links ask for one
+    quantizer.observer_enabled, quantizer.fake_quant_enabled = own.observer_enabled, own.fake_quant_enabled
+    return quantizer.to(next((b.device for b in own.buffers()), "cpu"))
 
 
 def _merge(
@@ -315,7 +322,7 @@ def _merge(
         if len(quantizers) < 2 or not isinstance(root, FakeQuantize):
             continue
         owners = [(name, m) for name, m in modules.items() if any(m.output_quantizer is q for q in quantizers)]
-        specs = {str(q.spec): name for name, m in owners for q in [m.output_quantizer]}
+        specs = {str(q.spec): name for name, m in owners for q in [m.output_quantizer] if q is not None}
         if len(specs) > 1:
             listed = "; ".join(f"{name} has {spec}" for spec, name in specs.items())
             raise LinkError(

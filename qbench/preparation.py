@@ -14,7 +14,8 @@ from qbench.errors import ConfigError, LinkError, PreparationError, QBenchError,
 from qbench.fake_quantize import FakeQuantize
 from qbench.fusion import NOTES
 from qbench.nn.intrinsic import Fused
-from qbench.nn.qat.body import QatModule, check_finite
+from qbench.nn.qat.body import QatLayer, QatModule, check_finite
+from qbench.numerics.qparams import in_groups
 from qbench.qconfig import QConfig
 from qbench.report.preparation import LeftInFloat, PreparationReport, QuantizedModule
 
@@ -68,9 +69,10 @@ def prepare_qat(
     known = {**mappings.default_mapping(), **_checked_mapping(mapping)}
     quantized: list[QuantizedModule] = []
     left: list[LeftInFloat] = [LeftInFloat(path, "forward", reason) for path, reason in notes.items()]
-    for path, module in _to_swap(model, "", None, known, set()):
+    for path, module, wanted in _to_swap(model, "", None, known, set()):
         # All modules before the first is swapped: a refusal leaves no model half prepared.
         check_finite(module, path or type(module).__name__)
+        _check_groups(module, path, wanted)
     model = _swap(model, "", None, known, quantized, left, {})
     if not quantized:
         raise PreparationError(
@@ -191,11 +193,12 @@ def _swap(
     qat_type = known.get(type(module))
     if isinstance(module, QatModule):
         left.append(LeftInFloat(path, type(module).__name__, "it is a QAT module already"))
-    elif qat_type is not None and qconfig is not None:
+    elif qat_type is not None and _is_quantized(qat_type, qconfig):
+        assert qconfig is not None
         result, lost_hooks = _make_qat(module, path, qat_type, qconfig)
         if lost_hooks:
             left.append(LeftInFloat(path, "hooks", lost_hooks))
-        quantized.append(QuantizedModule(path, type(module).__name__, qat_type.__name__))
+        quantized.append(QuantizedModule(path, type(module).__name__, qat_type.__name__, qconfig.weight_only))
     else:
         reason = _reason_for_float(module, qat_type, qconfig)
         if reason:
@@ -220,17 +223,34 @@ def _to_swap(
     inherited: QConfig | None,
     known: Mapping[type[nn.Module], type[QatModule]],
     seen: set[int],
-) -> Iterator[tuple[str, nn.Module]]:
-    """Paths and modules that `_swap` replaces."""
+) -> Iterator[tuple[str, nn.Module, QConfig]]:
+    """Paths and modules that `_swap` replaces, and what they are quantized to."""
     qconfig = module.__dict__.get("qconfig", inherited)
     if id(module) in seen or isinstance(module, QatModule):
         return
     seen.add(id(module))
-    if type(module) in known and qconfig is not None:
-        yield path, module
+    if qconfig is not None and type(module) in known and _is_quantized(known[type(module)], qconfig):
+        yield path, module, qconfig
     elif not isinstance(module, Fused):
         for name, child in module.named_children():
             yield from _to_swap(child, f"{path}.{name}" if path else name, qconfig, known, seen)
+
+
+def _is_quantized(qat_type: type[QatModule], qconfig: QConfig | None) -> bool:
+    """Whether there is something to quantize: weight-only, an operation without a weight stays as it is."""
+    return isinstance(qconfig, QConfig) and (not qconfig.weight_only or issubclass(qat_type, QatLayer))
+
+
+def _check_groups(module: nn.Module, path: str, qconfig: QConfig) -> None:
+    size = qconfig.weight_spec.group_size if isinstance(qconfig, QConfig) else None
+    weight = getattr(module[0] if isinstance(module, Fused) else module, "weight", None)
+    if size is None or not isinstance(weight, Tensor):
+        return
+    try:
+        in_groups(weight, size)
+    except QBenchError as error:
+        place = path or "(root)"
+        raise type(error)(f"{place}: {error}. {place}.qconfig = … gives this module one of its own") from None
 
 
 def _make_qat(
@@ -303,7 +323,7 @@ _TRANSPARENT = (
 def _reason_for_float(module: nn.Module, qat_type: type[QatModule] | None, qconfig: QConfig | None) -> str:
     """Why a module stays float; empty for what has nothing to quantize."""
     if qat_type is not None:
-        return "its qconfig is None"
+        return "its qconfig is None" if qconfig is None else ""  # weight-only, and it has no weight
     if isinstance(module, Fused):
         return f"no QAT class is registered for {type(module).__name__}: qbench.register_pattern" if qconfig else ""
     leaf = not any(True for _ in module.children())

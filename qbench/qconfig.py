@@ -1,4 +1,8 @@
-"""What a model is quantized to: a frozen `QConfig`, held by `model.qconfig`."""
+"""What a model is quantized to: a frozen `QConfig`, held by `model.qconfig`.
+
+With `activation=None` only weights are quantized: activations stay float, so there is no `s_in`, and the bias stays
+float with them.
+"""
 
 from __future__ import annotations
 
@@ -48,23 +52,24 @@ class QConfig:
     Attributes:
         target: Name of a target, `qbench.targets.names()` lists them, or a `Target`.
         activation: Quantizer of activations; a `QSpec` stands for moving-average min–max on that grid, `"target"` for
-            the target's own grid.
-        weight: The same for weights; a `QSpec` stands for min–max of the weight at hand.
-        bias: Width and scale rule of the bias.
+            the target's own grid, None for weight-only quantization.
+        weight: The same for weights, never None; a `QSpec` stands for min–max of the weight at hand.
+        bias: Width and scale rule of the bias; says nothing where activations stay float.
 
     Raises:
-        ConfigError: an unknown target, or a width or bias rule that the target does not have.
+        ConfigError: an unknown target, or a width, a bias rule or a weight-only form that the target does not have.
     """
 
     target: str | targets.Target = "onnxruntime"
-    activation: QuantizerConfig | QSpec | str = "target"
+    activation: QuantizerConfig | QSpec | str | None = "target"
     weight: QuantizerConfig | QSpec | str = "target"
     bias: BiasSpec = BiasSpec()
 
     def __post_init__(self) -> None:
         target = targets.get(self.target)
         fill = object.__setattr__  # the one place where a frozen config is written: while it is made
-        fill(self, "activation", _as_config(self.activation, target.activation, MovingAverageMinMaxObserver))
+        if self.activation is not None:
+            fill(self, "activation", _as_config(self.activation, target.activation, MovingAverageMinMaxObserver))
         fill(self, "weight", _as_config(self.weight, target.weight, LatestMinMaxObserver))
         _check_roles(self)
         _check_target(self, target)
@@ -74,8 +79,22 @@ class QConfig:
         """The target itself."""
         return targets.get(self.target)
 
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations and biases stay float."""
+        return self.activation is None
+
+    @property
+    def weight_spec(self) -> QSpec:
+        """The grid that is wanted of weights."""
+        return _made(self.weight).spec
+
     def make_activation(self) -> FakeQuantize:
-        """A new activation quantizer."""
+        """A new activation quantizer.
+
+        Raises:
+            ConfigError: activations stay float.
+        """
         return _made(self.activation).make()
 
     def make_weight(self, *, axis: int) -> FakeQuantize:
@@ -87,6 +106,8 @@ class QConfig:
         return BiasQuantizer(self.bias)
 
     def __str__(self) -> str:
+        if self.weight_only:
+            return f"{self.target}: weight {self.weight}; activation and bias in float"
         return f"{self.target}: activation {self.activation}; weight {self.weight}; bias {self.bias}"
 
 
@@ -94,35 +115,37 @@ def get_qconfig(
     target: str | targets.Target = "onnxruntime",
     *,
     weight_bits: int = 8,
-    activation_bits: int = 8,
+    activation_bits: int | None = 8,
     bias_bits: int = 32,
     bias_scale: str = "input_weight",
     observer: type[Observer] = MovingAverageMinMaxObserver,
+    group_size: int | None = None,
 ) -> QConfig:
     """The target's QConfig with other widths.
 
     Args:
         target: Name of a target.
         weight_bits: Width of weight codes.
-        activation_bits: Width of activation codes.
+        activation_bits: Width of activation codes; None leaves activations and biases in float.
         bias_bits: Width of bias codes.
         bias_scale: `"input_weight"`, `"own"` or `"own_pow2"`.
         observer: Finds the range of activations.
+        group_size: Neighbours along a weight's input features that share a scale; only with activation_bits=None.
 
     Raises:
         ConfigError: the target does not have what is asked for; the message names what it has.
     """
     found = targets.get(target)
+    activation = None
+    if activation_bits is not None:
+        activation = QuantizerConfig(dataclasses.replace(found.activation, bits=activation_bits), observer)
+    weight = dataclasses.replace(found.weight, bits=weight_bits, group_size=group_size)
     return QConfig(
         target=target,
-        activation=QuantizerConfig(_with_bits(found.activation, activation_bits), observer),
-        weight=QuantizerConfig(_with_bits(found.weight, weight_bits), LatestMinMaxObserver),
+        activation=activation,
+        weight=QuantizerConfig(weight, LatestMinMaxObserver),
         bias=BiasSpec(bias_bits, bias_scale),
     )
-
-
-def _with_bits(spec: QSpec, bits: int) -> QSpec:
-    return dataclasses.replace(spec, bits=bits)
 
 
 def _as_config(
@@ -136,32 +159,37 @@ def _as_config(
         return QuantizerConfig(given, observer)
     if given is None:
         raise ConfigError(
-            "QConfig: None would leave activations or weights in float, which no target here deploys; leave it "
-            "out for the target's own grid, or set qconfig = None on modules that stay in float"
+            "QConfig(weight=None): there would be nothing to quantize; leave it out for the target's own grid, or set "
+            "qconfig = None on modules that stay in float"
         )
     raise ConfigError(
         f"QConfig: {given!r} is not a quantizer config; pass a QuantizerConfig or a QSpec, such as QSpec(bits=8)"
     )
 
 
-def _made(config: QuantizerConfig | QSpec | str) -> QuantizerConfig:
+def _made(config: QuantizerConfig | QSpec | str | None) -> QuantizerConfig:
     """What `__post_init__` made of the argument."""
+    if config is None:
+        raise ConfigError("QConfig(activation=None) makes no activation quantizer: activations stay float")
     if not isinstance(config, QuantizerConfig):
         raise ConfigError(f"QConfig: {config!r} was set after the config was made; make a new one instead")
     return config
 
 
 def _check_roles(config: QConfig) -> None:
-    activation, weight = _made(config.activation), _made(config.weight)
-    if activation.spec.axis is not None:
+    weight = _made(config.weight)
+    if config.activation is not None:
+        _check_activation(_made(config.activation))
+        size = weight.spec.group_size
+        if size is not None:
+            raise ConfigError(
+                f"weight {weight.spec}: integer arithmetic has one scale per output channel, so groups need float "
+                f"activations; get_qconfig(activation_bits=None, group_size={size}) or group_size=None"
+            )
+    elif config.bias != BiasSpec():
         raise ConfigError(
-            f"activation {activation.spec}: an activation has one scale, as hardware accumulates over its channels; "
-            "QSpec(axis=None)"
-        )
-    if activation.observer.stateless:
-        raise ConfigError(
-            f"activation: {activation.observer.__name__} keeps no range, so there would be nothing to deploy; "
-            "MovingAverageMinMaxObserver does"
+            f"bias {config.bias}: with activation=None there is no input scale for it, so it stays float; leave bias "
+            "out, or quantize activations too"
         )
     if not weight.observer.stateless and not weight.fake_quantize.learned:
         raise ConfigError(
@@ -172,8 +200,29 @@ def _check_roles(config: QConfig) -> None:
         raise ConfigError(f"QConfig: bias {config.bias!r} is not a BiasSpec; BiasSpec(bits=32) works")
 
 
+def _check_activation(activation: QuantizerConfig) -> None:
+    if activation.spec.axis is not None:
+        raise ConfigError(
+            f"activation {activation.spec}: an activation has one scale, as hardware accumulates over its channels; "
+            "QSpec(axis=None)"
+        )
+    if activation.observer.stateless:
+        raise ConfigError(
+            f"activation: {activation.observer.__name__} keeps no range, so there would be nothing to deploy; "
+            "MovingAverageMinMaxObserver does"
+        )
+
+
 def _check_target(config: QConfig, target: targets.Target) -> None:
+    if config.weight_only and not target.weight_only:
+        having = ", ".join(known.name for known in targets.TARGETS if known.weight_only)
+        raise ConfigError(
+            f"activation=None: target {target.name} computes on integers alone, so activations must be quantized; "
+            f"activation_bits={target.activation.bits} does that. Targets with float activations: {having}"
+        )
     for role, quantizer in (("activation", config.activation), ("weight", config.weight)):
+        if quantizer is None:
+            continue
         bits = _made(quantizer).spec.bits
         if bits not in target.bits:
             near = min(target.bits, key=lambda width: abs(width - bits))

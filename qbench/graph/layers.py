@@ -189,10 +189,11 @@ def _scales(node: fx.Node, constants: Constants) -> Tensor | None:
         read = read_dequantize(node, constants)
         if read is None:
             return None
-        if read.qparams.axis is None:
-            return read.qparams.scale
+        grid = read.qparams
+        if grid.axis is None:
+            return grid.scale
         shape = shape_of(node) or shape_of(read.source) or _stored_shape(read.source, constants)
-        return None if shape is None else along_axis(read.qparams.scale, read.qparams.axis, len(shape)).expand(shape)
+        return None if shape is None else along_axis(grid.scale, grid.axis, len(shape), grid.group_size).expand(shape)
     cast = cast_source(node)
     source = grid_source(node) if cast is None else cast
     scales = None if source is None else _scales(source, constants)

@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from qbench.errors import NumericsError
 from qbench.graph.constants import Constants
 from qbench.graph.dialect import node_argument, overload
-from qbench.graph.qdq import quantized_decomposed
 from qbench.graph.scale_preserving import grid_source, is_scale_joining
 from qbench.numerics.qparams import QParams
 
@@ -64,7 +63,7 @@ def is_quantize(node: object) -> bool:
 
 
 def read_dequantize(node: object, constants: Constants) -> Dequantize | None:
-    """What a dequantize node per tensor or per channel says.
+    """What a dequantize node per tensor, per channel or per group says.
 
     None for every other node, and where the scale is computed while the program runs (`is_dequantize` tells them
     apart).
@@ -76,7 +75,7 @@ def read_dequantize(node: object, constants: Constants) -> Dequantize | None:
 
 
 def read_quantize(node: object, constants: Constants) -> Quantize | None:
-    """What a quantize node per tensor or per channel says; see `read_dequantize`."""
+    """What a quantize node per tensor, per channel or per group says; see `read_dequantize`."""
     return _read(node, constants, Quantize) if is_quantize(node) else None
 
 
@@ -116,9 +115,10 @@ def cast_source(node: fx.Node) -> fx.Node | None:
 
 
 def same_grid(first: QParams, second: QParams) -> bool:
-    """Whether two grids are the same: scale, zero point, limits and axis."""
+    """Whether two grids are the same: scale, zero point, limits, axis and groups."""
     return (
-        (first.qmin, first.qmax, first.axis) == (second.qmin, second.qmax, second.axis)
+        (first.qmin, first.qmax, first.axis, first.group_size)
+        == (second.qmin, second.qmax, second.axis, second.group_size)
         and torch.equal(first.scale, second.scale)
         and torch.equal(first.zero_point, second.zero_point)
     )
@@ -144,34 +144,40 @@ def _is_float(node: fx.Node) -> bool:
 
 def _read(node: Any, constants: Constants, kind: type[Any]) -> Any:
     found = overload(node.target)
-    if found is None or found._schema.name.rpartition("::")[2].removeprefix("de") not in (
-        "quantize_per_tensor",
-        "quantize_per_channel",
-    ):
+    form = None if found is None else found._schema.name.rpartition("::")[2].removeprefix("de")
+    if form not in ("quantize_per_tensor", "quantize_per_channel", "quantize_per_channel_group"):
         return None
-    per_channel = found.overloadpacket in _per_channel()
-    scale_name, zero_name = ("scales", "zero_points") if per_channel else ("scale", "zero_point")
+    per_tensor = form == "quantize_per_tensor"
+    scale_name, zero_name = ("scale", "zero_point") if per_tensor else ("scales", "zero_points")
     scale = _tensor(node_argument(node, scale_name), constants)
     zero_point = _tensor(node_argument(node, zero_name), constants)
     limits = [_tensor(node_argument(node, name), constants) for name in ("quant_min", "quant_max")]
     if scale is None or zero_point is None or limits[0] is None or limits[1] is None:
         return None
-    axis = _axis(node) if per_channel else None
-    shape = (-1,) if per_channel else ()
-    if not per_channel and scale.numel() != 1:
+    axis, group_size, shape = _places(node, form, scale)
+    if per_tensor and scale.numel() != 1:
         raise NumericsError(f"{node.name}: the scale of a per-tensor operator has shape {tuple(scale.shape)}, not ()")
     scale = scale.float().reshape(shape)
-    zero_point = zero_point.to(torch.int32).reshape(shape).expand_as(scale).clone()
-    qparams = QParams(scale, zero_point, int(limits[0]), int(limits[1]), axis)
+    # Zero points that are left out are one zero.
+    zero_point = zero_point.reshape(shape) if zero_point.numel() == scale.numel() else zero_point.flatten()
+    zero_point = zero_point.to(torch.int32).expand_as(scale).clone()
+    qparams = QParams(scale, zero_point, int(limits[0]), int(limits[1]), axis, group_size)
     qparams.check(node.name)
     source = node_argument(node, "input")
     literal = not isinstance(node_argument(node, scale_name), fx.Node)
     return kind(node, source, qparams, node_argument(node, "dtype"), literal)
 
 
-def _per_channel() -> tuple[Any, Any]:
-    ops = quantized_decomposed()
-    return ops.quantize_per_channel, ops.dequantize_per_channel
+def _places(node: fx.Node, form: str, scale: Tensor) -> tuple[int | None, int | None, tuple[int, ...]]:
+    """Axis and group size of a q or dq node, and the shape of its scales."""
+    if form == "quantize_per_tensor":
+        return None, None, ()
+    if form == "quantize_per_channel":
+        return _axis(node), None, (-1,)
+    # Some libraries hand the scales of all groups over in one row.
+    value = node.meta.get("val")
+    rows = value.shape[0] if isinstance(value, Tensor) else scale.shape[0]
+    return 0, int(node_argument(node, "group_size")), (rows, -1)
 
 
 def _axis(node: fx.Node) -> int:

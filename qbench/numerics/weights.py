@@ -6,8 +6,8 @@ Per-channel symmetric min–max scales move along with the tensor, so the codes 
     t   = max(t, floor/|k|)          so that the bias fits (qbench.numerics.bias)
     q_w = rne(W · (1/t)) · sign(k)   s_w = |k|·t        Ŵ = q_w · s_w        Ŵ/k = rne(W · (1/t)) · t
 
-A scale per group of input features moves along in the same way. Groups have no floor: no hardware adds a bias at a scale
-that changes inside a channel, so they come with a float bias.
+A scale per group of input features moves along in the same way. Groups have no floor: no hardware adds a bias at a
+scale that changes inside a channel, so they come with a float bias.
 
 There is no division by `k` (γ = 0 gives codes 0 and no NaN), nothing is clipped, so the straight-through gradient is
 the identity. By rounding, codes of `k·W` computed directly differ in about two of a million: the two are never mixed.

@@ -12,8 +12,8 @@ class DeployedLayer:
     Attributes:
         path: Of the layer.
         weight_scales: Smallest and largest weight scale.
-        largest_bias_code: Largest |q_b|.
-        accumulator: Largest |accumulator| that any input can produce.
+        largest_bias_code: Largest |q_b|; None where the bias stays float, as activations do (weight-only).
+        accumulator: Largest |accumulator| that any input can produce; None where activations stay float.
         coarsened: Output channels (or scales) whose weight scale the bias floor raised, without silenced ones.
         largest_coarsening: The largest factor by which it did, 1.0 where nowhere; 2.0 costs such a channel one bit.
         silenced: Output channels whose weight codes the floor sent to 0.
@@ -21,8 +21,8 @@ class DeployedLayer:
 
     path: str
     weight_scales: tuple[float, float]
-    largest_bias_code: int
-    accumulator: int
+    largest_bias_code: int | None
+    accumulator: int | None
     coarsened: int
     largest_coarsening: float
     silenced: int
@@ -58,7 +58,6 @@ class ConversionReport:
                 parts = [f"{layer.coarsened} coarser, up to {layer.largest_coarsening:.3g}x"] if layer.coarsened else []
                 floor = ", ".join([*parts, f"{layer.silenced} silenced"] if layer.silenced else parts)
             scales = f"{low:.3g} … {high:.3g}"
-            lines.append(
-                f"{layer.path:{width}}  {scales:>21}  {layer.largest_bias_code:>10}  {layer.accumulator:>11}  {floor}"
-            )
+            bias, accumulator = ("float" if n is None else n for n in (layer.largest_bias_code, layer.accumulator))
+            lines.append(f"{layer.path:{width}}  {scales:>21}  {bias:>10}  {accumulator:>11}  {floor}")
         return "\n".join(lines)

@@ -7,11 +7,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedModule:
-    """A module that became a QAT module: path, and the names of the float and the QAT class."""
+    """A module that became a QAT module: path, and the names of the float and the QAT class.
+
+    `weight_only` says that its input, output and bias stay float: without an input scale a bias has no codes.
+    """
 
     path: str
     float_type: str
     qat_type: str
+    weight_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,9 @@ class PreparationReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.quantized)} modules quantized"]
+        weight_only = sum(found.weight_only for found in self.quantized)
+        if weight_only:
+            lines.append(f"{weight_only} of them in their weight only: input, output and bias stay float")
         if not self.links_recorded:
             lines.append("links: the first forward will be recorded")
         lines += [f"input {i.index} of {i.path}: quantized there, {i.reason}" for i in self.float_inputs]

@@ -31,6 +31,7 @@ class Target:
         shared_ops: Names of QAT ops whose inputs and output must lie on one grid.
         accumulator_bits: Width of the signed accumulator.
         symmetric_bias: Leave out the lowest bias code.
+        weight_only: Whether it also computes in float, so that weights can be codes while activations stay float.
         arithmetic: What its integer operations compute, bit by bit; None where that is not stated, so that a program
             for it has no integer form.
         annotation: What `convert` puts into `node.meta["custom"]` of every node that is no q or dq.
@@ -48,6 +49,7 @@ class Target:
     shared_ops: tuple[str, ...] = ("Cat",)
     accumulator_bits: int = 32
     symmetric_bias: bool = False
+    weight_only: bool = False
     arithmetic: Arithmetic | None = None
     annotation: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)

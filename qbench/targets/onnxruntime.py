@@ -12,6 +12,7 @@ ONNXRUNTIME = Target(
     bits=(2, 3, 4, 5, 6, 7, 8),
     bias_bits=tuple(range(8, 33)),
     bias_scales=("input_weight", "own", "own_pow2"),
+    weight_only=True,
     arithmetic=ARITHMETIC,
     sources={
         "activation int8 asymmetric behind a float input": "ONNX QuantizeLinear; onnxruntime QDQ selectors: int8 graph "
@@ -19,6 +20,7 @@ ONNXRUNTIME = Target(
         "weight int8 symmetric per channel": "ONNX QLinearConv: w_zero_point must be 0 per channel for int8 kernels",
         "bias int32 at s_in·s_w": "ONNX QLinearConv specification, input B",
         "narrower codes": "stored in int8; the grid has fewer codes, the arithmetic is that of 8 bits",
+        "weight-only": "ONNX DequantizeLinear on a stored weight, before a float MatMul, Gemm or Conv",
         "cat on one grid": "not needed by ONNX Runtime, which requantizes; kept so that one model serves XNNPACK too",
     },
 )

@@ -12,12 +12,14 @@ XNNPACK = Target(
     bits=(2, 3, 4, 5, 6, 7, 8),
     bias_bits=tuple(range(8, 33)),
     bias_scales=("input_weight", "own", "own_pow2"),
+    weight_only=True,
     arithmetic=ARITHMETIC,
     sources={
         "activation int8 asymmetric": "executorch/backends/xnnpack/quantizer/xnnpack_quantizer.py",
         "weight int8 symmetric per channel": "the same; xnn_datatype_qcint8",
         "bias int32 at s_in·s_w, made by the delegate from a float bias": "executorch/backends/xnnpack/operators: the "
         "partitioner refuses a convolution whose bias is already int32",
+        "weight-only": "a float layer behind dequantized codes, which ExecuTorch runs in float",
         "cat on one grid": "XNNPACK concatenate: equal qparams, else the file fails at load",
     },
 )

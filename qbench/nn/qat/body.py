@@ -7,6 +7,7 @@ submodule (it survives deepcopy, pickle and `.to()`). An input that no quantizer
 
     eval, frozen BN   y = F.conv*(x̂, Ŵ, b̂)
     train             y = BN_batch(F.conv*(x̂, Ŵ/k) + b) + e,     e = b̂ − b_f
+    weight-only       y = F.conv*(x, Ŵ, b_f)                      in training BN_batch(F.conv*(x, Ŵ/k) + b)
 
 in one call where BN is folded: a separate add gives other bits. See docs/equations.md.
 """
@@ -27,7 +28,7 @@ from qbench.fake_quantize.producers import producer_of
 from qbench.nn.intrinsic.fused import Fused, as_types
 from qbench.numerics.epilogue import epilogue
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
-from qbench.numerics.qparams import QParams
+from qbench.numerics.qparams import QParams, in_groups
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
 from qbench.qconfig import QConfig
 
@@ -41,20 +42,20 @@ class ParameterCodes:
     Attributes:
         weight: Codes, shape of the weight, in the smallest integer dtype.
         weight_qparams: Their grid.
-        bias: int64 codes, (out,).
-        bias_scale: float32, (out,) or ().
-        bias_value: `b̂`, float32, (out,).
-        bias_saturated: Bool (out,): codes that did not fit.
+        bias: int64 codes, (out,); None where the bias stays float.
+        bias_scale: float32, (out,) or (); None where the bias stays float.
+        bias_value: `b̂`, float32, (out,); in float `b_f`, or None where the layer has none.
+        bias_saturated: Bool (out,): codes that did not fit; None where the bias stays float.
         coarsened: Factor by which the bias floor raised the weight scale.
         silenced: Bool (out,): channels whose weight codes the floor sent to 0.
     """
 
     weight: Tensor
     weight_qparams: QParams
-    bias: Tensor
-    bias_scale: Tensor
-    bias_value: Tensor
-    bias_saturated: Tensor
+    bias: Tensor | None
+    bias_scale: Tensor | None
+    bias_value: Tensor | None
+    bias_saturated: Tensor | None
     coarsened: Tensor
     silenced: Tensor
 
@@ -66,7 +67,7 @@ class QatModule(nn.Module):
         float_type: The float module that this is the QAT form of.
         qconfig: What it is quantized to.
         input_quantizers: Quantizers of inputs that arrive in float, by position.
-        output_quantizer: Quantizer of the output.
+        output_quantizer: Quantizer of the output; None where activations stay float (weight-only).
     """
 
     # Any: a subclass names a float type that does not derive from its base's.
@@ -74,7 +75,7 @@ class QatModule(nn.Module):
 
     qconfig: QConfig
     input_quantizers: nn.ModuleDict
-    output_quantizer: FakeQuantize
+    output_quantizer: FakeQuantize | None
     _sources: tuple[FakeQuantize, ...] | None
 
     @classmethod
@@ -120,8 +121,13 @@ class QatModule(nn.Module):
     def _add_quantizers(self, qconfig: QConfig) -> None:
         self.qconfig = qconfig
         self.input_quantizers = nn.ModuleDict()
-        self.output_quantizer = qconfig.make_activation()
+        self.output_quantizer = None if qconfig.weight_only else qconfig.make_activation()
         self._sources = None
+
+    @property
+    def label(self) -> str:
+        """Path of the output's quantizer in the prepared model, for messages; empty where there is none."""
+        return "" if self.output_quantizer is None else self.output_quantizer.label
 
     def connect(self, sources: tuple[FakeQuantize, ...] | None, owned: tuple[int, ...] = ()) -> None:
         """Say which quantizer produced each input.
@@ -153,14 +159,16 @@ class QatModule(nn.Module):
             self._sources = before
 
     def quantized_inputs(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """The inputs on their grids.
+        """The inputs on their grids; as they come where activations stay float.
 
         Raises:
             LinkError: this module was not reached when links were recorded, or not from this quantizer.
         """
+        if self.output_quantizer is None:
+            return list(inputs)
         if self._sources is None:
             raise LinkError(
-                f"{type(self).__name__} that puts out to {self.output_quantizer.label or '(an unprepared module)'} "
+                f"{type(self).__name__} that puts out to {self.label or '(an unprepared module)'} "
                 "does not know the quantizer of its input: no recorded forward reached it. Give prepare_qat one "
                 "example per path, example_inputs=[(x, True), (x, False)]"
             )
@@ -168,7 +176,7 @@ class QatModule(nn.Module):
             producer = producer_of(x)
             if producer is not None and producer is not source:
                 raise LinkError(
-                    f"input {index} of the {type(self).__name__} that puts out to {self.output_quantizer.label} comes "
+                    f"input {index} of the {type(self).__name__} that puts out to {self.label} comes "
                     f"from {getattr(producer, 'label', producer)}, which no recorded forward showed; the recorded one "
                     f"is {source.label}. Give prepare_qat one example per path of control flow, "
                     "example_inputs=[(x, True), (x, False)], so that both become one"
@@ -181,7 +189,7 @@ class QatModule(nn.Module):
     def _check_source(self, index: int) -> FakeQuantize:
         if self._sources is None or len(self._sources) <= index:
             raise LinkError(
-                f"{self.output_quantizer.label or type(self).__name__}: input {index} has no link; run prepare_qat "
+                f"{self.label or type(self).__name__}: input {index} has no link; run prepare_qat "
                 "with example_inputs that reach this module"
             )
         return self._sources[index]
@@ -229,7 +237,7 @@ class QatLayer(QatModule):
     bn: nn.Module | None
     activation_module: nn.Module | None
     weight_quantizer: FakeQuantize
-    bias_quantizer: BiasQuantizer
+    bias_quantizer: BiasQuantizer | None
     pre_activation_quantizer: FakeQuantize | None
 
     def __init__(self, *args: Any, qconfig: QConfig, **kwargs: Any) -> None:
@@ -273,8 +281,11 @@ class QatLayer(QatModule):
         self.activation_module = activation
         self.bn_frozen = False
         self.weight_quantizer = qconfig.make_weight(axis=self.layout().axis)
-        self.bias_quantizer = qconfig.make_bias()
-        self.pre_activation_quantizer = None if qconfig.deployment.fuses(activation) else qconfig.make_activation()
+        if self.weight_quantizer.spec.group_size is not None:
+            in_groups(self.weight, self.weight_quantizer.spec.group_size)  # raises where they do not fit
+        self.bias_quantizer = None if qconfig.weight_only else qconfig.make_bias()
+        whole = qconfig.weight_only or qconfig.deployment.fuses(activation)
+        self.pre_activation_quantizer = None if whole else qconfig.make_activation()
         self.to(self.weight.device)
 
     def to_float(self) -> nn.Module:
@@ -303,17 +314,22 @@ class QatLayer(QatModule):
         (x,) = self.quantized_inputs((input,))
         if self._uses_batch_statistics():
             return self._train_forward(x, *args)
-        grid, bias, scale = self.quantized_parameters()
+        grid, folded, scale = self.quantized_parameters()
         weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid.folded_float()
-        if scale is not None:
-            bias = self.bias_quantizer(bias, scale)
-        y = self.linear(x, weight.to(self.weight.dtype), bias.to(self.weight.dtype), *args)
+        bias = self._deployed_bias(folded, scale)
+        y = self.linear(x, weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype), *args)
         return self._epilogue(y)
+
+    def _deployed_bias(self, folded: Tensor, scale: Tensor | None) -> Tensor | None:
+        """`b̂`, or `b_f` without a scale for it; None where activations stay float and the layer has no bias."""
+        if self.bias_quantizer is not None:
+            return folded if scale is None else self.bias_quantizer(folded, scale)
+        return None if self.bias is None and self.bn is None else folded
 
     def _train_forward(self, x: Tensor, *args: Any) -> Tensor:
         # The running statistics as they stand before this batch's update: `bn` moves them below.
         grid, bias, scale = self.quantized_parameters(detach=True)
-        error = None if scale is None else self.bias_quantizer(bias, scale) - bias
+        error = None if scale is None or self.bias_quantizer is None else self.bias_quantizer(bias, scale) - bias
         weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else self.weight
         y = self.linear(x, weight.to(self.weight.dtype), self.bias, *args)
         return self._epilogue(y, bias_error=error, silenced=grid.silenced if scale is not None else None)
@@ -367,10 +383,9 @@ class QatLayer(QatModule):
         else:
             folded = self.weight.new_zeros(self.layout().out_channels(self.weight)) if bias is None else bias
         input_scale = self._input_scale()
-        floor = None if input_scale is None else self.bias_quantizer.weight_scale_floor(folded, input_scale)
-        grid = self._weight_grid(factor, floor)
-        if input_scale is None:
-            return grid, folded, None
+        if input_scale is None or self.bias_quantizer is None:
+            return self._weight_grid(factor, None), folded, None
+        grid = self._weight_grid(factor, self.bias_quantizer.weight_scale_floor(folded, input_scale))
         return grid, folded, self.bias_quantizer.scale(folded, input_scale, grid.channel_scale())
 
     def _weight_grid(self, factor: Tensor | None, floor: Tensor | None) -> WeightGrid:
@@ -400,14 +415,19 @@ class QatLayer(QatModule):
             LinkError: the quantizer of the input is not known.
             NumericsError: a parameter or a scale is NaN or infinite, no data was seen, or the bias does not fit.
         """
-        label = self.output_quantizer.label.rpartition(".")[0] or type(self).__name__
+        label = (self.label or self.weight_quantizer.label).rpartition(".")[0] or type(self).__name__
         check_finite(self, label)
-        input_scale = self.input_qparams().scale
+        input_scale = None if self.bias_quantizer is None else self.input_qparams().scale
         grid, bias, scale = self.quantized_parameters()
-        if scale is None:
+        if not self.weight_quantizer.fake_quant_enabled or (input_scale is not None and scale is None):
             raise NumericsError(
                 f"{label}: fake-quant is disabled, so there are no codes; model.apply(qbench.enable_fake_quant) first"
             )
+        if self.bias_quantizer is None or scale is None or input_scale is None:
+            grid.qparams.check(f"{label}.weight")
+            value = self._deployed_bias(bias, None)
+            value = None if value is None else value.float()
+            return ParameterCodes(grid.codes(), grid.qparams, None, None, value, None, grid.coarsened, grid.silenced)
         codes, saturated = self.bias_quantizer.codes(bias, scale)
         # Where float32 has no weight scale that is large enough for the bias, the floor is infinite.
         misfit = saturated | ~torch.isfinite(scale)

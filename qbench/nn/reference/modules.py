@@ -4,6 +4,8 @@
             dq(weight) ────┼─ op ─ [q → dq] ─ [activation] ─ q → dq
             bias on grid ──┘
 
+    weight-only     dq(weight) ─ op(x, ·, float bias) ─ [activation]
+
 Weight codes are stored as integers. The q → dq before the input restates the grid that the producer has; `convert`
 removes the pairs that repeat one.
 """
@@ -50,15 +52,18 @@ class ReferenceModule(nn.Module):
     """Inputs on their grids, a float operation, the output on its grid."""
 
     inputs: nn.ModuleList
-    output: QuantizeDequantize
+    output: QuantizeDequantize | None
 
     def _add_grids(self, qat: QatModule) -> None:
         count = len(qat.sources or ())
         self.inputs = nn.ModuleList(QuantizeDequantize(qat.input_qparams(i)) for i in range(count))
-        self.output = QuantizeDequantize(qat.output_quantizer.deployed_qparams())
+        quantizer = qat.output_quantizer
+        self.output = None if quantizer is None else QuantizeDequantize(quantizer.deployed_qparams())
 
     def quantized_inputs(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        """Each input on its grid."""
+        """Each input on its grid; as it comes where activations stay float."""
+        if self.output is None:
+            return list(tensors)
         return [grid(tensor) for grid, tensor in zip(self.inputs, tensors, strict=True)]
 
 
@@ -72,16 +77,17 @@ class ReferenceOp(ReferenceModule):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Tensors -> the operation's output on its grid."""
-        return self.output(self.op(*self.quantized_inputs(tensors)))
+        y = self.op(*self.quantized_inputs(tensors))
+        return y if self.output is None else self.output(y)
 
 
 class ReferenceLayer(ReferenceModule):
-    """Deployed form of a layer with a weight: integer weight codes, a float bias that lies on its grid."""
+    """Deployed form of a layer with a weight: integer weight codes, a float bias, on its grid if it has one."""
 
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
     def __init__(self, qat: QatLayer) -> None:
         super().__init__()
@@ -92,8 +98,9 @@ class ReferenceLayer(ReferenceModule):
         self.register_buffer("weight_scale", grid.scale)
         self.register_buffer("weight_zero_point", grid.zero_point.to(torch.int64))
         # A parameter, not a buffer: ExecuTorch's own bias pass reads only parameters of a program.
-        self.bias = nn.Parameter(codes.bias_value, requires_grad=False)
-        self.weight_grid = (grid.axis, grid.qmin, grid.qmax, grid.dtype)
+        self.bias = None if codes.bias_value is None else nn.Parameter(codes.bias_value.clone(), requires_grad=False)
+        self.weight_grid = (grid.qmin, grid.qmax, grid.dtype)
+        self.axis, self.group_size = grid.axis, grid.group_size
         self.per_tensor_grid = None if grid.axis is not None else QuantizeDequantize(grid).grid
         before = qat.pre_activation_quantizer
         self.pre_activation = None if before is None else QuantizeDequantize(before.deployed_qparams())
@@ -105,10 +112,10 @@ class ReferenceLayer(ReferenceModule):
         ops = quantized_decomposed()
         if self.per_tensor_grid is not None:
             return ops.dequantize_per_tensor.default(self.weight_codes, *self.per_tensor_grid)
-        axis, qmin, qmax, dtype = self.weight_grid
-        return ops.dequantize_per_channel.default(
-            self.weight_codes, self.weight_scale, self.weight_zero_point, axis, qmin, qmax, dtype
-        )
+        stored = self.weight_codes, self.weight_scale, self.weight_zero_point
+        if self.group_size is not None:
+            return ops.dequantize_per_channel_group.default(*stored, *self.weight_grid, self.group_size, torch.float32)
+        return ops.dequantize_per_channel.default(*stored, self.axis, *self.weight_grid)
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         """Input -> output on its grid."""
@@ -120,7 +127,7 @@ class ReferenceLayer(ReferenceModule):
             y = self.pre_activation(y)
         if self.activation is not None:
             y = self.activation(y)
-        return self.output(y)
+        return y if self.output is None else self.output(y)
 
 
 def _out_of_place(activation: nn.Module | None) -> nn.Module | None:
@@ -155,7 +162,7 @@ class FloatCall:
         """Reflection, replication or circular padding."""
         return x if self.padding is None else F.pad(x, self.padding[0], mode=self.padding[1])
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The convolution or matrix product."""
         return self.kind.linear(self.shell, x, weight, bias, *args)
 
