@@ -73,8 +73,6 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
         raise ExportError(f"there is no file {file}; torch.export.save(program, {str(file)!r}) writes one")
     import qbench.ops  # noqa: F401 - defines the operators of integer programs
 
-    import qbench.ops  # noqa: F401 - defines the operators of integer programs
-
     quantized_decomposed()
     try:
         with quiet():

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from qbench.report.data import CodeSpread, Comparison, RunSummary, Verification
+from qbench.report.data import CodeSpread, Comparison, LayerComparison, RunSummary, Verification
 
-__all__ = ["CodeSpread", "Comparison", "RunSummary", "Verification"]
+__all__ = ["CodeSpread", "Comparison", "LayerComparison", "RunSummary", "Verification"]

@@ -63,6 +63,18 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class LayerComparison(Comparison):
+    """The codes of one activation in two forms of a model.
+
+    Attributes:
+        inexact: Why a difference is no broken promise: which operator before (or at) it the target computes in float;
+            empty where 0 is promised.
+    """
+
+    inexact: str = ""
+
+
+@dataclass(frozen=True)
 class CodeSpread:
     """How varied the codes of one tensor were while they were compared: a zero count over constant codes says nothing.
 
@@ -96,10 +108,15 @@ class Verification:
     Attributes:
         parameters: Weight and bias codes, trained against converted.
         eval_vs_program: Output values of the trained model in eval against the reloaded Q/DQ program.
-        runtimes: Q/DQ program against each runtime that ran, one comparison each, named as the runtime is
-            (`"onnxruntime"`, `"executorch"`).
+        runtimes: Outputs of the Q/DQ program against those of each runtime that ran, one comparison each, named as the
+            runtime is (`"onnxruntime"`, `"executorch"`).
+        integer: The integer program for a runtime's target against that runtime: outputs and codes of activations.
         layers: `parameters` layer by layer, named by module path.
+        by_layer: Key of `comparisons` → codes of each activation, in the order of the program.
         spread: How varied the compared codes were, by layer; empty where it was not looked at.
+        doubts: Key of `comparisons` → why even a zero there is not called exact.
+        timings: How long each form ran, in seconds, by its name.
+        cpu: Features of the CPU that decide which integer kernels ran.
         seconds: Wall-clock time of the whole verification.
         notes: What was not compared, and why (a runtime that is not installed, say).
     """
@@ -107,16 +124,25 @@ class Verification:
     parameters: Comparison
     eval_vs_program: Comparison
     runtimes: tuple[Comparison, ...] = ()
+    integer: tuple[Comparison, ...] = ()
     layers: tuple[Comparison, ...] = ()
+    by_layer: Mapping[str, tuple[LayerComparison, ...]] = field(default_factory=dict)
     spread: tuple[CodeSpread, ...] = ()
+    doubts: Mapping[str, str] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict)
+    cpu: tuple[str, ...] = ()
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
     def comparisons(self) -> dict[str, Comparison]:
-        """Every comparison by its key: `parameters`, `eval_vs_program`, then `program_vs_<runtime>` for each."""
-        named = {f"program_vs_{runtime.name}": runtime for runtime in self.runtimes}
-        return {"parameters": self.parameters, "eval_vs_program": self.eval_vs_program, **named}
+        """Every comparison: `parameters`, `eval_vs_program`, each `program_vs_<runtime>`, `integer_vs_<runtime>`."""
+        return {
+            "parameters": self.parameters,
+            "eval_vs_program": self.eval_vs_program,
+            **{f"program_vs_{runtime.name}": runtime for runtime in self.runtimes},
+            **{f"integer_vs_{runtime.name}": runtime for runtime in self.integer},
+        }
 
     @property
     def mismatches(self) -> dict[str, int]:
@@ -125,8 +151,26 @@ class Verification:
 
     @property
     def exact(self) -> dict[str, bool]:
-        """Whether something was compared and nothing differs, by key of `comparisons`."""
-        return {key: comparison.exact for key, comparison in self.comparisons.items()}
+        """Whether something was compared, nothing differs and nothing is in doubt, by key of `comparisons`."""
+        return {key: value.exact and key not in self.doubts for key, value in self.comparisons.items()}
+
+    @property
+    def promises(self) -> dict[str, bool]:
+        """By key of the comparisons that promise a zero, whether it is one.
+
+        An integer program promises it for codes that depend on no operator which the target computes in float.
+        """
+        kept = {key: self.exact[key] for key in ("parameters", "eval_vs_program")}
+        for key in (f"integer_vs_{runtime.name}" for runtime in self.integer):
+            promised = tuple(row for row in self.by_layer.get(key, ()) if not row.inexact)
+            if promised:
+                kept[key] = Comparison.total(key, promised).exact and key not in self.doubts
+        return kept
+
+    @property
+    def kept(self) -> bool:
+        """Whether every promise is kept."""
+        return all(self.promises.values())
 
     @property
     def codes_compared(self) -> int:
@@ -137,6 +181,10 @@ class Verification:
     def largest_steps(self) -> dict[str, int]:
         """The largest difference in codes, by key of `comparisons`."""
         return {key: comparison.largest_step for key, comparison in self.comparisons.items()}
+
+    def first_different(self, key: str) -> LayerComparison | None:
+        """The first activation, in the order of the program, with a different code; None where there is none."""
+        return next((row for row in self.by_layer.get(key, ()) if row.different), None)
 
     def __str__(self) -> str:
         from qbench.report import text
@@ -165,6 +213,10 @@ class RunSummary:
             `qbench.report.conversion.DeployedLayer`.
         spread: How varied the codes of each layer's output were:
             `{path: {"codes": …, "distinct": …, "saturated": …}}`.
+        promises: Whether each promised zero is one, by the keys of `mismatches` that promise it.
+        by_layer: For the comparisons of activations, by the same keys: `name`, `compared`, `different`,
+            `largest_step`, `inexact` of each activation in the order of the program.
+        cpu: Features of the CPU that decide which integer kernels ran.
         notes: What was left out or left in float, in words.
         files: Bytes of each written file, by its name.
         settings: The options of the run.
@@ -185,6 +237,9 @@ class RunSummary:
     held_out: int = 0
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     spread: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    promises: Mapping[str, bool] = field(default_factory=dict)
+    by_layer: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    cpu: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -198,7 +253,8 @@ class RunSummary:
     def from_json(cls, text: str) -> RunSummary:
         """Read back what `to_json` wrote."""
         fields = json.loads(text)
-        return cls(**{**fields, "notes": tuple(fields["notes"])})
+        rows = {key: tuple(value) for key, value in fields.get("by_layer", {}).items()}
+        return cls(**{**fields, "notes": tuple(fields["notes"]), "cpu": tuple(fields.get("cpu", ())), "by_layer": rows})
 
     def __str__(self) -> str:
         from qbench.report import text

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from qbench.report.data import CodeSpread, Comparison, RunSummary, Verification
+from qbench.report.data import CodeSpread, Comparison, LayerComparison, RunSummary, Verification
 
 WIDTH = 80
 
@@ -17,6 +17,8 @@ COMPARISON_LABELS: Mapping[str, str] = {
     "eval_vs_program": "QAT eval vs Q/DQ program",
     "program_vs_onnxruntime": "Q/DQ program vs ONNX Runtime",
     "program_vs_executorch": "Q/DQ program vs ExecuTorch",
+    "integer_vs_onnxruntime": "integer program vs ONNX Runtime",
+    "integer_vs_executorch": "integer program vs ExecuTorch",
 }
 RUNTIME_LABELS: Mapping[str, str] = {"onnxruntime": "ONNX Runtime", "executorch": "ExecuTorch"}
 _ROLES = ("weight", "activation", "bias")
@@ -99,7 +101,7 @@ def comparison_line(comparison: Comparison) -> str:
 def comparison_table(comparisons: Mapping[str, Comparison]) -> list[str]:
     """One row a comparison, by the keys of `Verification.comparisons`."""
     header = ("what is compared", "codes", "different", "")
-    rows = [comparison_cells(COMPARISON_LABELS.get(key, key), value) for key, value in comparisons.items()]
+    rows = [comparison_cells(_label(key), value) for key, value in comparisons.items()]
     return columns([header, *rows], right=frozenset({1, 2}))
 
 
@@ -114,11 +116,41 @@ def spread_line(spread: Sequence[CodeSpread]) -> str:
 
 
 def verification_table(verification: Verification) -> str:
-    """The comparisons as a table, then the layers that differ, the spread of the codes and the notes."""
+    """The comparisons as a table, then the layers that differ and why, the spread of the codes and the notes."""
     differing = [comparison_line(layer) for layer in verification.layers if layer.different]
-    notes = [*differing, *([spread_line(verification.spread)] if verification.spread else []), *verification.notes]
+    doubts = [f"{_label(key)}: not called exact, {why}" for key, why in verification.doubts.items()]
+    spread = [spread_line(verification.spread)] if verification.spread else []
+    notes = [*differing, *doubts, *layer_notes(verification.by_layer), *spread, *verification.notes]
     lines = comparison_table(verification.comparisons) + bullets(notes)
     return "\n".join(lines)
+
+
+def layer_notes(by_layer: Mapping[str, Sequence[LayerComparison]]) -> list[str]:
+    """For every comparison of activations with a difference: where it starts, and which operators explain it."""
+    notes = []
+    for key, rows in by_layer.items():
+        differing = [row for row in rows if row.different]
+        if not differing:
+            continue
+        first = differing[0]
+        notes.append(
+            f"{_label(key)}: {len(differing)} of {len(rows)} tensors differ, first {first.name} "
+            f"({first.different:,} of {first.compared:,}, by {first.largest_step} at most)"
+        )
+        if key.startswith("integer_vs_"):
+            broken = [row.name for row in differing if not row.inexact]
+            if broken:
+                notes.append(f"{_label(key)}: a promised 0 is not 0 in {_some(broken)}")
+            notes += dict.fromkeys(row.inexact for row in differing if row.inexact)
+    return notes
+
+
+def _label(key: str) -> str:
+    return COMPARISON_LABELS.get(key, key)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def run_table(summary: RunSummary, folder: str | None = None) -> str:

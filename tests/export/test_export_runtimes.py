@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qbench.errors import ExportError
 from qbench.export import RUNTIMES, run_file, run_program
-from qbench.export.runtimes import cpu_features, get_runtime, load_batches, save_batches
+from qbench.export.processes import FileRunner, load_batch, save_batch
+from qbench.export.runtimes import cpu_features, get_runtime
 
 EXTRAS = {"onnxruntime": "onnx", "executorch": "executorch"}
 
@@ -104,11 +105,32 @@ def test_wrong_calls(tmp_path: Path, call, message: str) -> None:
         call(tmp_path)
 
 
-@pytest.mark.parametrize("batches", [[], [[]], [[np.arange(3), np.ones((2, 0), np.float32)], [np.int64(4)] * 12]])
-def test_batches_survive_their_file(tmp_path: Path, batches: list) -> None:
-    save_batches(tmp_path / "a.npz", [[np.asarray(array) for array in batch] for batch in batches])
-    loaded = load_batches(tmp_path / "a.npz")
-    assert [len(batch) for batch in loaded] == [len(batch) for batch in batches]
-    for one, other in zip(loaded, batches, strict=True):
-        for a, b in zip(one, other, strict=True):
-            assert a.dtype == np.asarray(b).dtype and np.array_equal(a, b)
+@pytest.mark.parametrize("batch", [[], [np.arange(3), np.ones((2, 0), np.float32)], [np.int64(4)] * 12])
+def test_a_batch_survives_its_file(tmp_path: Path, batch: list) -> None:
+    save_batch(tmp_path / "a.npz", [np.asarray(array) for array in batch])
+    loaded = load_batch(tmp_path / "a.npz")
+    assert len(loaded) == len(batch)
+    for a, b in zip(loaded, batch, strict=True):
+        assert a.dtype == np.asarray(b).dtype and np.array_equal(a, b)
+
+
+def test_one_process_runs_several_files_batch_by_batch(files: dict[str, Path], batches: list) -> None:
+    with FileRunner("onnxruntime", [files["onnxruntime"]] * 2) as runner:
+        assert runner.settings == (("session.x64quantprecision=1",),) * 2
+        assert runner.seconds == [0.0, 0.0]
+        first, second = runner.run(batches[0], file=1), runner.run(batches[0])
+        assert np.array_equal(first[0], second[0]) and min(runner.seconds) > 0
+        folder = runner._folder
+    assert not folder.exists()
+
+
+def test_a_batch_that_the_file_does_not_take_says_so(files: dict[str, Path], batches: list) -> None:
+    with FileRunner("program", [files["program"]]) as runner:
+        runner.run(batches[0])
+        with pytest.raises(ExportError, match=r"exit status 1\):\n(.*\n)*.*float32\[1, 3, 16, 16\]"):
+            runner.run((torch.ones(1, 3, 16, 16),))
+
+
+def test_exact_settings_are_read_from_the_session(files: dict[str, Path]) -> None:
+    session = RUNTIMES["onnxruntime"].open(files["onnxruntime"], 1)
+    assert session.settings == RUNTIMES["onnxruntime"].exact_settings
