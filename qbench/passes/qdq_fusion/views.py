@@ -83,10 +83,16 @@ class ViewRule(Rule[FusionContext, View]):
             real = insert_call(old.next, overload(found.dequantize.target), arguments, origin=old)  # type: ignore[arg-type]
             read_instead(old, real, context.constants)
             results.append(real)
+            if old is not found.node:
+                old.graph.erase_node(old)
+        # Not left to dead code elimination, which keeps a dropout for the random numbers that it may draw.
+        found.node.graph.erase_node(found.node)
         return results
 
     def _on_codes(self, found: View, context: FusionContext) -> fx.Node:
         node, codes, operation = found.node, found.input.node, packet(found.node.target)
+        if has_argument(node.target, "train"):
+            return codes  # A dropout in eval.
         if operation in _MAX_POOLS:
             dims = _MAX_POOLS[operation]
             pool = getattr(torch.ops.qbench, f"max_pool{dims}d_q8ta").default
