@@ -124,10 +124,9 @@ def _recovers_codes(scale: float, zero_point: int, qmin: int, qmax: int) -> bool
 def read_instead(node: fx.Node, other: fx.Node, constants: Constants) -> int:
     """Let every reader of `node` read `other`; 1 if that was done, 0 if the program's signature forbids it."""
     if isinstance(constants, ProgramConstants):
-        signature = constants.program.graph_signature
         # A value that is written back to an input or a buffer is listed by its name, and no two may share one.
-        if node.name in {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}:
+        if node.name in constants.written_back:
             return 0
-        signature.replace_all_uses(node.name, other.name)
+        constants.rename_output(node.name, other.name)
     node.replace_all_uses_with(other)
     return 1

@@ -6,6 +6,9 @@
 `constants_of` returns one interface to both: read a node's value, replace it, add a new stored tensor. In an
 ExportedProgram a new tensor becomes a buffer whose placeholder stands with those of the other parameters and buffers,
 so the user's inputs stay what they are. After an edit call `finish`.
+
+Nothing here walks the graph once per call: a graph of ten thousand layers asks as many questions. `add` and `replace`
+keep the tables that answer them up to date; `drop_unused` makes them anew, so ask it once for many keys.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ import abc
 import functools
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, TensorArgument
 
 from qbench.errors import PassError
 from qbench.graph.aliasing import written_nodes, written_off_grid
@@ -54,6 +59,7 @@ class Constants(abc.ABC):
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
+        self._index()
 
     @property
     def graph(self) -> fx.Graph:
@@ -85,9 +91,9 @@ class Constants(abc.ABC):
     def key(self, node: fx.Node) -> str | None:
         """Name under which the graph stores the tensor of `node`, `"conv.bias"`; None for all other nodes."""
 
-    @abc.abstractmethod
     def nodes(self, key: str) -> list[fx.Node]:
-        """The nodes that stand for the stored tensor `key`."""
+        """The nodes that stand for the stored tensor `key`: those that were there at first, and those of `add`."""
+        return [node for node in self._nodes.get(key, ()) if not node._erased]
 
     @abc.abstractmethod
     def replace(self, node: fx.Node, tensor: Tensor) -> None:
@@ -110,6 +116,21 @@ class Constants(abc.ABC):
     @abc.abstractmethod
     def _stored(self, node: fx.Node) -> object: ...
 
+    def _index(self) -> None:
+        """Fill `_nodes`: the nodes of each key."""
+        self._nodes: dict[str, list[fx.Node]] = {}
+        for node in self._placeholders():
+            self._register(node)
+
+    @abc.abstractmethod
+    def _placeholders(self) -> Iterable[fx.Node]:
+        """The nodes that may stand for a stored tensor."""
+
+    def _register(self, node: fx.Node) -> None:
+        key = self.key(node)
+        if key is not None:
+            self._nodes.setdefault(key, []).append(node)
+
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """Every node that reads the stored tensor of `node`; one that reads it twice is there twice."""
         key = self.key(node)
@@ -118,9 +139,17 @@ class Constants(abc.ABC):
 
     def fake(self, tensor: Tensor) -> Tensor | None:
         """What the graph's nodes keep in `meta["val"]` of such a tensor; None if they keep nothing."""
+        if self._fake_mode is None:
+            return None
+        # FakeTensorMode.from_tensor does the same and more, at many times the cost.
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        fake = FakeTensor(self._fake_mode, meta, tensor.device)
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+    @functools.cached_property
+    def _fake_mode(self) -> FakeTensorMode | None:
         values = [node.meta["val"] for node in self.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
-        mode = detect_fake_mode(values)
-        return None if mode is None else mode.from_tensor(tensor, static_shapes=True)
+        return detect_fake_mode(values)
 
     def finish(self) -> None:
         """Check the edited graph and compile it."""
@@ -134,12 +163,18 @@ class Constants(abc.ABC):
             node.meta["val"] = value
 
     def _evaluate(self, node: fx.Node) -> Tensor | None:
-        found = overload(node.target) if node in self._fixed else None
-        if found is None:
+        if node not in self._fixed:
             return None
-        values = {source: self.get(source) for source in node.all_input_nodes}
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
-        result = found(*args, **kwargs)
+        computed, waiting = {node}, [node]
+        while waiting:
+            sources = set(waiting.pop().all_input_nodes) - computed
+            computed |= sources
+            waiting += [source for source in sources if self.key(source) is None]
+        values: dict[fx.Node, Any] = {}
+        for each in sorted(computed):
+            stored = self.key(each) is not None
+            values[each] = self.get(each) if stored else _call(each, values)
+        result = values[node]
         return result.detach() if isinstance(result, Tensor) else None
 
     @functools.cached_property
@@ -160,6 +195,12 @@ class Constants(abc.ABC):
         return frozenset(fixed)
 
 
+def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    found = overload(node.target)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
+    return None if found is None else found(*args, **kwargs)
+
+
 def _is_pure(node: fx.Node) -> bool:
     found = overload(node.target) if node.op == "call_function" else None
     if found is None or torch.Tag.nondeterministic_seeded in found.tags:
@@ -173,10 +214,6 @@ class ModuleConstants(Constants):
     def key(self, node: fx.Node) -> str | None:
         """See `Constants.key`."""
         return str(node.target) if node.op == "get_attr" else None
-
-    def nodes(self, key: str) -> list[fx.Node]:
-        """See `Constants.nodes`."""
-        return list(self.graph.find_nodes(op="get_attr", target=key))
 
     def replace(self, node: fx.Node, tensor: Tensor) -> None:
         """See `Constants.replace`."""
@@ -197,14 +234,15 @@ class ModuleConstants(Constants):
         self.graph_module.register_buffer(key, tensor)
         with self.graph.inserting_before(before):
             node = self.graph.get_attr(key)
+        self._register(node)
         self._describe(node, tensor)
         return node
 
     def drop_unused(self, keys: Iterable[str] | None = None) -> list[str]:
         """See `Constants.drop_unused`."""
+        self._index()  # others may have put in get_attr nodes
         unused = []
-        wanted = {str(node.target) for node in self.graph.find_nodes(op="get_attr")} if keys is None else set(keys)
-        for key in sorted(wanted):
+        for key in sorted(self._nodes if keys is None else set(keys)):
             nodes = self.nodes(key)
             if any(node.users for node in nodes):
                 continue
@@ -214,6 +252,9 @@ class ModuleConstants(Constants):
             delattr(owner, name)
             unused.append(key)
         return unused
+
+    def _placeholders(self) -> Iterable[fx.Node]:
+        return self.graph.find_nodes(op="get_attr")
 
     def _stored(self, node: fx.Node) -> object:
         owner, name = self._owner(str(node.target))
@@ -232,23 +273,28 @@ class ProgramConstants(Constants):
     """
 
     def __init__(self, program: ExportedProgram) -> None:
-        super().__init__(program.graph_module)
         self.program = program
-        self._index()
+        super().__init__(program.graph_module)
 
     def _index(self) -> None:
         kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-        specs = self.program.graph_signature.input_specs
+        signature = self.program.graph_signature
+        specs = signature.input_specs
         self._specs = {spec.arg.name: spec for spec in specs if spec.kind in kinds and spec.target is not None}
+        self._taken = {spec.target for spec in specs} | {*self.program.state_dict, *self.program.constants}
+        self._mutated = frozenset(signature.buffers_to_mutate.values())
+        # New buffers stand at this position of the signature, in front of this node.
+        self._position = max((i + 1 for i, spec in enumerate(specs) if spec.kind in _BEFORE_BUFFERS), default=0)
+        self._behind = next(itertools.islice(self.graph.nodes, self._position, None))
+        super()._index()
+
+    def _placeholders(self) -> Iterable[fx.Node]:
+        return self.graph.find_nodes(op="placeholder")
 
     def key(self, node: fx.Node) -> str | None:
         """See `Constants.key`."""
         spec = self._specs.get(node.name) if node.op == "placeholder" else None
         return None if spec is None else spec.target
-
-    def nodes(self, key: str) -> list[fx.Node]:
-        """See `Constants.nodes`."""
-        return [node for node in self.graph.find_nodes(op="placeholder") if self.key(node) == key]
 
     def replace(self, node: fx.Node, tensor: Tensor) -> None:
         """See `Constants.replace`."""
@@ -262,46 +308,62 @@ class ProgramConstants(Constants):
     def add(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
         """See `Constants.add`."""
         del before  # every node of a program can read every placeholder
-        taken = {spec.target for spec in self.program.graph_signature.input_specs if spec.target is not None}
-        taken |= {*self.program.state_dict, *self.program.constants}
-        key = _free_name(name, lambda candidate: candidate in taken)
-        specs = self.program.graph_signature.input_specs
-        position = max((i + 1 for i, spec in enumerate(specs) if spec.kind in _BEFORE_BUFFERS), default=0)
-        node = self._insert_placeholder(f"b_{key.replace('.', '_')}", position)
-        argument = TensorArgument(name=node.name)
-        specs.insert(position, InputSpec(InputKind.BUFFER, argument, key, persistent=True))
+        key = _free_name(name, self._taken.__contains__)
+        node = self._insert_placeholder(f"b_{key.replace('.', '_')}")
+        spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), key, persistent=True)
+        self.program.graph_signature.input_specs.insert(self._position, spec)
         self.program.state_dict[key] = tensor
-        self._index()
+        self._position += 1
+        self._taken.add(key)
+        self._specs[node.name] = spec
+        self._register(node)
         self._describe(node, tensor)
         return node
 
     def drop_unused(self, keys: Iterable[str] | None = None) -> list[str]:
         """See `Constants.drop_unused`. A buffer that the program writes back to stays."""
-        wanted = {spec.target for spec in self._specs.values()} if keys is None else set(keys)
-        wanted -= set(self.program.graph_signature.buffers_to_mutate.values())
-        unused = [key for key in sorted(filter(None, wanted)) if not any(node.users for node in self.nodes(key))]
-        for key in unused:
-            for node in self.nodes(key):
-                self._place(node).pop(key, None)
-                self.program.graph_signature.input_specs.remove(self._specs[node.name])
-                self.graph.erase_node(node)
-            self._index()
+        wanted = (set(self._nodes) if keys is None else set(keys)) - self._mutated
+        unused = [key for key in sorted(wanted) if not any(node.users for node in self.nodes(key))]
+        gone = [node for key in unused for node in self.nodes(key)]
+        names = {node.name for node in gone}
+        for node in gone:
+            self._place(node).pop(_stored_key(self, node), None)
+            self.graph.erase_node(node)
+        specs = self.program.graph_signature.input_specs
+        specs[:] = [spec for spec in specs if spec.arg.name not in names]
+        self._index()
         return unused
+
+    @functools.cached_property
+    def written_back(self) -> frozenset[str]:
+        """Names of the values that the program writes back to its buffers and inputs."""
+        signature = self.program.graph_signature
+        return frozenset({*signature.buffers_to_mutate, *signature.user_inputs_to_mutate})
+
+    def rename_output(self, old: str, new: str) -> None:
+        """Let the signature name another node where it lists `old` among the outputs."""
+        arguments = [argument for argument in self._outputs.pop(old, []) if argument.name == old]
+        for argument in arguments:
+            argument.name = new
+        self._outputs.setdefault(new, []).extend(arguments)
+
+    @functools.cached_property
+    def _outputs(self) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for spec in self.program.graph_signature.output_specs:
+            if not isinstance(spec.arg, ConstantArgument):
+                found.setdefault(spec.arg.name, []).append(spec.arg)
+        return found
 
     def finish(self) -> None:
         """Check the edited program and compile its graph module."""
         super().finish()
         self.program.validate()
 
-    def _insert_placeholder(self, name: str, position: int) -> fx.Node:
-        placeholders = self.graph.find_nodes(op="placeholder")
-        if position < len(placeholders):
-            where = self.graph.inserting_before(placeholders[position])
-        elif placeholders:
-            where = self.graph.inserting_after(placeholders[-1])
-        else:
-            where = self.graph.inserting_before(next(iter(self.graph.nodes)))
-        with where:
+    def _insert_placeholder(self, name: str) -> fx.Node:
+        if self._behind._erased:
+            self._behind = next(itertools.islice(self.graph.nodes, self._position, None))
+        with self.graph.inserting_before(self._behind):
             node = self.graph.placeholder(name)
         # fx numbers a name that is taken but leaves the target as it was asked for; the verifier compares names.
         node.target = node.name
@@ -309,7 +371,7 @@ class ProgramConstants(Constants):
 
     def _stored(self, node: fx.Node) -> object:
         key = _stored_key(self, node)
-        if key in self.program.graph_signature.buffers_to_mutate.values():
+        if key in self._mutated:
             return None
         return self._place(node).get(key)
 

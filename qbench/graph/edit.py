@@ -25,6 +25,7 @@ def insert_call(
     *,
     neighbour: fx.Node | None = None,
     origin: fx.Node | None = None,
+    value: Tensor | None = None,
 ) -> fx.Node:
     """Insert a call of `operator` before a node and return its node.
 
@@ -35,13 +36,17 @@ def insert_call(
         kwargs: Its keyword arguments.
         neighbour: A node of the dialect to write, `before` by default.
         origin: A node of the module that the new one is said to come from, `before` by default.
+        value: Its fake value where the caller knows it, which saves the time of computing it.
     """
     target = like(operator, (neighbour or before).target)
     origin = origin or before
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, tuple(args), dict(kwargs or {}))
     node.meta.update({key: origin.meta[key] for key in _ORIGIN if key in origin.meta})
-    refresh(node)
+    if value is None:
+        refresh(node)
+    else:
+        node.meta["val"] = value
     return node
 
 

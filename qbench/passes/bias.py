@@ -339,7 +339,8 @@ def _apply(plan: _Plan, constants: Constants, options: _Options) -> fx.Node | No
     codes = _store_codes(plan, constants)
     neighbour = _nearest_dequantize(plan.layer)
     arguments = _dequantize_arguments(plan, codes, constants, options)
-    dequantize = insert_call(node, *arguments, neighbour=neighbour)
+    value = constants.fake(plan.codes.to(plan.dtype))
+    dequantize = insert_call(node, *arguments, neighbour=neighbour, value=value)
     if plan.layer.bias_name is None:
         # A product takes no bias: mm(x, w) becomes addmm(bias, x, w), other products have no such form.
         node.target, node.args = like(torch.ops.aten.addmm.default, node.target), (dequantize, *node.args)
