@@ -95,7 +95,7 @@ class Arithmetic:
 
 def dequantize_codes(codes: Tensor, grid: Grid) -> Tensor:
     """`(c − z)·s` in float32, which every runtime computes alike: the difference is exact, the product rounds once."""
-    return (codes.to(torch.int32) - grid.zero_point).to(torch.float32) * grid.scale
+    return codes.to(torch.float32, copy=True).sub_(grid.zero_point).mul_(grid.scale)
 
 
 def saturate(rounded: Tensor, out: Grid) -> Tensor:
