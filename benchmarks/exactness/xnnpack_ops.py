@@ -66,6 +66,8 @@ class Program(nn.Module):
     def __init__(self, cases_: list[Case]) -> None:
         super().__init__()
         self.cases = cases_
+        # Modules among them hold buffers, which only a registered module shows.
+        self.layers = nn.ModuleList(case.compute for case in cases_ if isinstance(case.compute, nn.Module))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The codes of each case."""
@@ -85,12 +87,12 @@ def runtime_codes(cases_: list[Case]) -> list[Tensor]:
 
 
 def quantize(x: Tensor, grid: Grid) -> Tensor:
-    """q of the program."""
+    """Floats to codes in the program."""
     return quantized_decomposed().quantize_per_tensor.default(x, *grid)
 
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
-    """dq of the program."""
+    """Codes to floats in the program."""
     return quantized_decomposed().dequantize_per_tensor.default(codes, *grid)
 
 
@@ -124,29 +126,40 @@ def layer_case(rng: np.random.Generator, layer: cases.Layer, kind: str, per_chan
     recovered = torch.round(bias * (1.0 / data.bias_scales)).to(torch.float64).clamp(-(2.0**31), 2.0**31 - 1)
     acc = cases.accumulate(dataclasses.replace(data, bias=recovered))
     expected = ARITHMETIC.requantize(acc, data.spread_channels(data.bias_scales), data.out)
-    return Case(lambda x: _layer(x, data, bias), (data.codes,), expected)
+    return Case(LayerForm(data, bias), (data.codes,), expected)
 
 
-def _layer(x: Tensor, data: cases.LayerData, bias: Tensor) -> Tensor:
-    of, x = data.layer, dequantize(x, data.source)
-    weight = _weight(data)
-    if of.dims == 0:
-        return quantize(F.linear(x, weight, bias), data.out)
-    if of.transposed:
-        transposed = (F.conv_transpose1d, F.conv_transpose2d)[of.dims - 1]
-        y = transposed(x, weight, bias, of.stride, of.padding, of.output_padding, of.groups, of.dilation)
-        return quantize(y, data.out)
-    y = (F.conv1d, F.conv2d)[of.dims - 1](x, weight, bias, of.stride, of.padding, of.dilation, of.groups)
-    return quantize(y, data.out)
+class LayerForm(nn.Module):
+    """A layer between dq and q; the partitioner wants scales and zero points as buffers."""
 
+    def __init__(self, data: cases.LayerData, bias: Tensor) -> None:
+        super().__init__()
+        self.data = data
+        self.register_buffer("codes", data.weight)
+        self.register_buffer("scales", data.weight_scales)
+        self.register_buffer("zero_points", torch.zeros(data.weight_scales.shape, dtype=torch.int64))
+        self.register_buffer("bias", bias)
+        self.scale = float(data.weight_scales) if not data.weight_scales.dim() else None
 
-def _weight(data: cases.LayerData) -> Tensor:
-    ops, span = quantized_decomposed(), (-127, 127, torch.int8)
-    if not data.weight_scales.dim():
-        return ops.dequantize_per_tensor.default(data.weight, float(data.weight_scales), 0, *span)
-    zeros = torch.zeros(len(data.weight_scales), dtype=torch.int64)
-    axis = 1 if data.layer.transposed else 0
-    return ops.dequantize_per_channel.default(data.weight, data.weight_scales, zeros, axis, *span)
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes -> codes."""
+        of, x, weight = self.data.layer, dequantize(codes, self.data.source), self._weight()
+        if of.dims == 0:
+            return quantize(F.linear(x, weight, self.bias), self.data.out)
+        if of.transposed:
+            transposed = (F.conv_transpose1d, F.conv_transpose2d)[of.dims - 1]
+            y = transposed(x, weight, self.bias, of.stride, of.padding, of.output_padding, of.groups, of.dilation)
+            return quantize(y, self.data.out)
+        convolve = (F.conv1d, F.conv2d)[of.dims - 1]
+        y = convolve(x, weight, self.bias, of.stride, of.padding, of.dilation, of.groups)
+        return quantize(y, self.data.out)
+
+    def _weight(self) -> Tensor:
+        ops, span = quantized_decomposed(), (-127, 127, torch.int8)
+        if self.scale is not None:
+            return ops.dequantize_per_tensor.default(self.codes, self.scale, 0, *span)
+        axis = 1 if self.data.layer.transposed else 0
+        return ops.dequantize_per_channel.default(self.codes, self.scales, self.zero_points, axis, *span)
 
 
 def max_pool_case(rng: np.random.Generator) -> Case:

@@ -8,6 +8,7 @@
     average        M = f32(f32(s / s_out) · f32(1/n))    B = f32(z_out − f32(f32(z·n) · M))
                    clamp(rne(f32(f32(f32(Σ c) · M) + B)))
     rescale        quantize(dequantize(c))
+    table          quantize(f(dequantize(c))), f in the float32 steps of `xnnpack_functions`
 
 Codes are int8 there: functions whose steps depend on the zero point shift uint8 codes first.
 """
@@ -15,16 +16,15 @@ Codes are int8 there: functions whose steps depend on the zero point shift uint8
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qbench.numerics.arithmetic.base import Arithmetic, Grid, dequantize_codes, saturate
+from qbench.numerics.arithmetic.float_steps import float32
 from qbench.numerics.arithmetic.onnxruntime import requantize
-
-
-def _f32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
+from qbench.numerics.arithmetic.xnnpack_functions import STEPS
 
 
 def quantize(x: Tensor, out: Grid) -> Tensor:
@@ -50,7 +50,7 @@ def sub(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, out: Grid) -> Tensor:
 
 
 def _weighted_sum(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, out: Grid, *, sign: int) -> Tensor:
-    ratios = [_f32(grid.scale / out.scale) for grid in (a_grid, b_grid)]
+    ratios = [float32(grid.scale / out.scale) for grid in (a_grid, b_grid)]
     shift = 20 - (math.frexp(max(ratios))[1] - 1)
     a_multiplier, b_multiplier = (round(math.ldexp(ratio, shift)) for ratio in ratios)
     b_multiplier *= sign
@@ -61,7 +61,7 @@ def _weighted_sum(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, out: Grid, *
 
 def mul(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, out: Grid) -> Tensor:
     """The product, which float32 holds exactly, times one float32 ratio."""
-    ratio = _f32(_f32(a_grid.scale * b_grid.scale) / out.scale)
+    ratio = float32(float32(a_grid.scale * b_grid.scale) / out.scale)
     product = (a.to(torch.float32) - a_grid.zero_point) * (b.to(torch.float32) - b_grid.zero_point)
     return saturate(torch.round(product * ratio) + out.zero_point, out)
 
@@ -72,11 +72,18 @@ def global_average(sums: Tensor, count: int, grid: Grid, out: Grid) -> Tensor:
     `count · 128` must stay in float32's integers: 2^17 values at most are exact there.
     """
     stored, stored_out = grid.stored_as(torch.int8), out.stored_as(torch.int8)
-    ratio = _f32(_f32(grid.scale / out.scale) * _f32(1.0 / count))
-    bias = _f32(stored_out.zero_point - _f32(_f32(stored.zero_point * count) * ratio))
+    ratio = float32(float32(grid.scale / out.scale) * float32(1.0 / count))
+    bias = float32(stored_out.zero_point - float32(float32(stored.zero_point * count) * ratio))
     raw = (sums + stored.zero_point * count).to(torch.float32)
     codes = saturate(torch.round(raw * ratio + bias), stored_out)
     return (codes.to(torch.int32) + (out.zero_point - stored_out.zero_point)).to(out.dtype)
+
+
+def table(function: str, parameters: Sequence[float], grid: Grid, out: Grid) -> Tensor:
+    """A convert operator, the float kernel, a convert operator, for each of the 256 codes."""
+    info = torch.iinfo(grid.dtype)
+    codes = torch.arange(info.min, info.max + 1)
+    return quantize(STEPS[function](dequantize_codes(codes, grid), parameters), out)
 
 
 ARITHMETIC = Arithmetic(
@@ -88,4 +95,8 @@ ARITHMETIC = Arithmetic(
     mul=mul,
     global_average=global_average,
     rescale=rescale,
+    table=table,
+    inexact={
+        "gelu_tanh": "XNNPACK takes it for the other GELU; to_executorch leaves it to ExecuTorch's own float kernel",
+    },
 )
