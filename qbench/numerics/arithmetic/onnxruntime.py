@@ -191,7 +191,10 @@ def _tensor(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=like.device)
 
 
-_NO_KERNEL = "ConvTranspose has no integer kernel in ONNX Runtime: it sums in float, in an order of its own"
+_NO_KERNEL = (
+    "ConvTranspose has no integer kernel in ONNX Runtime: it sums in float, in an order of its own. Of codes by exact "
+    "sums, 4 of 1,006,976 differ on ordinary grids and 1.3 % where results lie half way between two codes"
+)
 
 ARITHMETIC = Arithmetic(
     name="onnxruntime",
