@@ -9,22 +9,31 @@ Shapes: input (batch, in, …) or (in, …); weight (out, in / groups, …), tra
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qbench.numerics.arithmetic import Grid
 from qbench.ops import exact
-from qbench.ops.arguments import channel_scale, check_weight, empty_like_format, input_grid, operation, output_grid
+from qbench.ops.arguments import (
+    channel_scale,
+    check_weight,
+    empty_like_format,
+    input_grid,
+    memory_format,
+    operation,
+    output_grid,
+)
 from qbench.ops.geometry import Geometry, numbers
-from qbench.ops.kernels import packed, sum_products
+from qbench.ops.kernels import is_packable, packed, sum_products
 from qbench.ops.library import OUT, define
-from qbench.ops.plans import remembered
+from qbench.ops.plans import Plan, remembered
 
 _LAYER = "Tensor input, float input_scale, int input_zero_point, Tensor weight, Tensor weight_scales, Tensor? bias"
-# Results a block: a few MiB of float sums stay in a cache until they are codes. Batches are summed image by image then.
+# Results a block: float sums of a few MiB stay in a cache until they are codes. Batches are summed image by image then.
 _BLOCK = 2**20
 
 
@@ -44,17 +53,18 @@ def convolve(
         NumericsError: dtypes or shapes that do not fit.
         ConfigError: the target has no arithmetic.
     """
-    grid, codes = _checked(input, input_scale, input_zero_point, weight, weight_scales, bias, geometry, *out)
-    requantize = operation(out[-1], "requantize")
-    if codes.numel() == 0:
-        return codes
-    scale, out_grid = channel_scale(input_scale, weight_scales, geometry.dims), output_grid(*out)
-    parts = _parts(weight, bias, grid, geometry)
-    batched, results = (input, codes) if input.ndim == weight.ndim else (input[None], codes[None])
-    images = max(1, _BLOCK // results[0].numel())
-    for x, y in zip(batched.split(images), results.split(images), strict=True):
-        y.copy_(requantize(_exact_sum(x, grid, parts, geometry), scale, out_grid))
-    return codes
+    grid, shape, out_grid = _checked(input, input_scale, input_zero_point, weight, weight_scales, bias, geometry, *out)
+    requantize, layout = operation(out[-1], "requantize"), memory_format(input)
+    if 0 in shape:
+        return empty_like_format(shape, out_grid.dtype, input)
+    scale = channel_scale(input_scale, weight_scales, geometry.dims)
+    plan = plan_of(weight, bias, grid, geometry)
+    batched, geometry = geometry.read(input if input.ndim == weight.ndim else input[None], weight)
+    images = max(1, _BLOCK * batched.shape[0] // math.prod(shape))
+    blocks = [batched] if images >= batched.shape[0] else batched.split(images)
+    codes = [requantize(exact_sum(x, grid, weight, plan, geometry), scale, out_grid) for x in blocks]
+    whole = codes[0] if len(codes) == 1 else torch.cat(codes)
+    return whole.reshape(shape).contiguous(memory_format=layout)
 
 
 def fake_convolve(
@@ -68,7 +78,8 @@ def fake_convolve(
     *out: Any,
 ) -> Tensor:
     """Shape and dtype of `convolve`."""
-    return _checked(input, input_scale, input_zero_point, weight, weight_scales, bias, geometry, *out)[1]
+    _, shape, out_grid = _checked(input, input_scale, input_zero_point, weight, weight_scales, bias, geometry, *out)
+    return empty_like_format(shape, out_grid.dtype, input)
 
 
 def _checked(
@@ -80,23 +91,23 @@ def _checked(
     bias: Tensor | None,
     geometry: Geometry,
     *out: Any,
-) -> tuple[Grid, Tensor]:
-    """The input's grid and an empty result."""
+) -> tuple[Grid, list[Any], Grid]:
+    """The input's grid, the shape of the result and its grid."""
     grid = input_grid("input", input, input_scale, input_zero_point)
     shape = geometry.shape(input, weight)
     check_weight(weight, weight_scales, bias, geometry.outputs(weight))
-    return grid, empty_like_format(shape, output_grid(*out).dtype, input)
+    return grid, shape, output_grid(*out)
 
 
-def _parts(weight: Tensor, bias: Tensor | None, grid: Grid, geometry: Geometry) -> list[exact.Part]:
-    """The plan of a layer, remembered."""
+def plan_of(weight: Tensor, bias: Tensor | None, grid: Grid, geometry: Geometry) -> Plan:
+    """How a layer is summed, remembered."""
     float32 = exact.float32_is_summed(weight.device, "conv")
-
-    def make() -> list[exact.Part]:
-        parts = exact.plan(weight, by_channel(weight, geometry), 1, bias, grid, float32=float32)
-        return [dataclasses.replace(part, weight=packed(part.weight, geometry)) for part in parts]
-
-    return remembered(weight, bias, (grid.zero_point, grid.dtype, geometry, float32), make)
+    return remembered(
+        weight,
+        bias,
+        (grid.zero_point, grid.dtype, geometry, float32),
+        lambda: exact.plan(by_channel(weight, geometry), bias, grid, float32=float32),
+    )
 
 
 def by_channel(weight: Tensor, geometry: Geometry) -> Tensor:
@@ -110,9 +121,16 @@ def by_channel(weight: Tensor, geometry: Geometry) -> Tensor:
     return grouped.flatten(0, 1).flatten(1)[:, None]
 
 
-def _exact_sum(x: Tensor, grid: Grid, parts: list[exact.Part], geometry: Geometry) -> Tensor:
+def exact_sum(x: Tensor, grid: Grid, weight: Tensor, plan: Plan, geometry: Geometry) -> Tensor:
     """`acc` (batch, out, …) in float32 or float64, exact; a tensor that nobody else holds."""
-    return exact.add_parts(x, grid, 1, parts, lambda run, part: sum_products(run, part.weight, part.bias, geometry))
+    parts = plan.parts
+    if is_packable(parts[0].dtype, geometry):
+        weights = plan.packed(weight, tuple(x.shape), lambda floats: packed(floats, geometry, x.shape))
+    else:
+        weights = plan.floats(weight)
+    return exact.add_parts(
+        x, grid, 1, parts, lambda run, index: sum_products(run, weights[index], parts[index].bias, geometry)
+    )
 
 
 def _define_forward(dims: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qbench.errors import NumericsError
 from qbench.numerics.arithmetic import Grid
-from qbench.ops.arguments import input_grid, operation, output_grid
+from qbench.ops.arguments import input_grid, memory_format, operation, output_grid
 from qbench.ops.boundary import on_grid
 from qbench.ops.library import OUT, define
 
@@ -28,12 +28,16 @@ def _define_binary(name: str) -> None:
 
     def kernel(a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, *rest: Any) -> Tensor:
         a_grid, b_grid, out, shape = checked(a, a_scale, a_zero_point, b, *rest)
-        codes = operation(rest[-1], name)(a, a_grid, b, b_grid, out)
-        return codes.expand(shape).contiguous()
+        function = operation(rest[-1], name)
+        if _layout(a, b) is torch.contiguous_format:
+            return function(a, a_grid, b, b_grid, out).reshape(shape).contiguous()
+        # The same codes in the order of memory.
+        codes = function(a.permute(0, 2, 3, 1), a_grid, b.permute(0, 2, 3, 1), b_grid, out)
+        return codes.contiguous().permute(0, 3, 1, 2)
 
     def fake(a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, *rest: Any) -> Tensor:
         *_, out, shape = checked(a, a_scale, a_zero_point, b, *rest)
-        return torch.empty(shape, dtype=out.dtype, device=a.device)
+        return torch.empty(shape, dtype=out.dtype, device=a.device, memory_format=_layout(a, b))
 
     define(
         f"{name}_q8ta_q8ta_q8to(Tensor a, float a_scale, int a_zero_point, Tensor b, float b_scale, int b_zero_point, "
@@ -43,7 +47,16 @@ def _define_binary(name: str) -> None:
     )
 
 
+def _layout(*tensors: Tensor) -> torch.memory_format:
+    """The memory format of a result: channels_last if every operand is and none is broadcast, else contiguous."""
+    formats = {memory_format(tensor) for tensor in tensors}
+    alike = len(formats) == 1 and all(tensor.shape == tensors[0].shape for tensor in tensors)
+    return formats.pop() if alike else torch.contiguous_format
+
+
 def _broadcast(a: Tensor, b: Tensor) -> Sequence[Any]:
+    if a.shape == b.shape:
+        return a.shape
     try:
         return torch.broadcast_shapes(a.shape, b.shape)
     except RuntimeError as error:
@@ -89,7 +102,9 @@ def _checked_cat(
             )
     shape = list(first.shape)
     shape[axis] = sum(part.shape[axis] for part in inputs)
-    return grids, torch.empty(shape, dtype=output_grid(*out).dtype, device=first.device)
+    formats = {memory_format(part) for part in inputs}
+    layout = formats.pop() if len(formats) == 1 else torch.contiguous_format
+    return grids, torch.empty(shape, dtype=output_grid(*out).dtype, device=first.device, memory_format=layout)
 
 
 for _name in ("add", "sub", "mul"):

@@ -21,6 +21,7 @@ accumulator, so no wrap-around is emulated here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Callable
 
@@ -34,49 +35,47 @@ FLOAT32_INTEGERS = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A run of input channels whose sum is exact in `weight.dtype`.
+    """A run of input channels whose sum is exact in `dtype`.
 
     Attributes:
         start: First input channel.
         count: Number of input channels.
-        weight: Their weight codes as floats.
+        dtype: float32 or float64.
         bias: (out,) bias codes as floats, in the first part alone.
     """
 
     start: int
     count: int
-    weight: Tensor
+    dtype: torch.dtype
     bias: Tensor | None
 
+    def floats(self, weight: Tensor) -> Tensor:
+        """This part's codes of `weight`, whose input channels are axis 1 wherever a layer has several parts."""
+        whole = self.start == 0 and self.count in (weight.shape[1], WHOLE)
+        run = weight if whole else weight.narrow(1, self.start, self.count)
+        return run.to(self.dtype, memory_format=torch.contiguous_format)
 
-def plan(
-    weight: Tensor, by_channel: Tensor, axis: int, bias: Tensor | None, grid: Grid, *, float32: bool
-) -> list[Part]:
-    """The layer in as few float32 parts as are proven exact, or in one float64 part.
+
+# The count of a part that holds every input channel of a layer that cannot be split.
+WHOLE = -1
+
+
+def plan(by_channel: Tensor, bias: Tensor | None, grid: Grid, *, float32: bool) -> list[Part]:
+    """A layer in as few float32 parts as are proven exact, or in one float64 part.
 
     Args:
-        weight: int8 codes.
-        by_channel: The same codes as (out, in, products of one input channel): what a sum adds up. A layer that cannot
+        by_channel: int8 weight codes (out, in, products of one input channel): what a sum adds up. A layer that cannot
             be split has in = 1.
-        axis: Of the input channels in `weight`, where it can be split.
         bias: (out,) int32 codes, or None.
         grid: Of the input.
         float32: Whether float32 kernels may be taken at all (see `float32_is_summed`).
     """
     runs = split(by_channel, bias, grid) if float32 else None
-    if runs is None:
-        return [Part(0, by_channel.shape[1], weight.to(torch.float64), _floats(bias, torch.float64))]
-    if len(runs) == 1:
-        return [Part(0, runs[0][1], weight.to(torch.float32), _floats(bias, torch.float32))]
-    return [
-        Part(
-            start,
-            count,
-            weight.narrow(axis, start, count).to(torch.float32, memory_format=torch.contiguous_format),
-            _floats(bias, torch.float32) if start == 0 else None,
-        )
-        for start, count in runs
-    ]
+    if runs is None or len(runs) == 1:
+        dtype = torch.float64 if runs is None else torch.float32
+        return [Part(0, WHOLE, dtype, None if bias is None else bias.to(dtype))]
+    biases = [None if bias is None else bias.to(torch.float32), *[None] * (len(runs) - 1)]
+    return [Part(*run, torch.float32, floats) for run, floats in zip(runs, biases, strict=True)]
 
 
 def split(by_channel: Tensor, bias: Tensor | None, grid: Grid) -> list[tuple[int, int]] | None:
@@ -121,29 +120,23 @@ def _reach(by_channel: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return positive * lo + negative * hi, positive * hi + negative * lo
 
 
-def _floats(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
-
-
-def add_parts(x: Tensor, grid: Grid, axis: int, parts: list[Part], kernel: Callable[[Tensor, Part], Tensor]) -> Tensor:
-    """`acc`, exact: in float32 if there is one part in float32, else in float64.
+def add_parts(x: Tensor, grid: Grid, axis: int, parts: list[Part], kernel: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """`acc`, exact: in the dtype of the only part, or in float64.
 
     Args:
         x: Codes.
         grid: Theirs.
         axis: Of the input channels in `x`.
         parts: What `plan` returns.
-        kernel: (`x − z` of a part's channels as floats, the part) -> its sum.
+        kernel: (`x − z` of a part's channels as floats, index of the part) -> its sum, a new tensor.
     """
     if len(parts) == 1:
-        return kernel(_differences(x, grid, parts[0].weight.dtype), parts[0])
-    total: Tensor | None = None
-    for part in parts:
-        run = _differences(x.narrow(axis, part.start, part.count), grid, part.weight.dtype)
-        found = kernel(run, part)
-        total = found.to(torch.float64) if total is None else total.add_(found)
-    if total is None:
-        raise AssertionError("a plan has at least one part")
+        return kernel(_differences(x, grid, parts[0].dtype), 0)
+    runs = (_differences(x.narrow(axis, part.start, part.count), grid, part.dtype) for part in parts)
+    sums = (kernel(run, index) for index, run in enumerate(runs))
+    total = next(sums).to(torch.float64)
+    for found in sums:
+        total += found
     return total
 
 
@@ -159,9 +152,11 @@ def float32_is_summed(device: torch.device, kind: str) -> bool:
     Shown for oneDNN and MKL on x86 alone. Elsewhere, and where the process allows bfloat16 or TF32 inside float32
     kernels, float64 is taken.
     """
-    if device.type != "cpu" or not _IS_X86 or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not _has_direct_kernels():
         return False
     return getattr(torch.backends.mkldnn, kind).fp32_precision in ("none", "ieee")
 
 
-_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+@functools.cache
+def _has_direct_kernels() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()

@@ -46,6 +46,17 @@ class Geometry:
         spatial = [self._size(position, size, kernel) for position, (size, kernel) in enumerate(sizes)]
         return [*input.shape[: -self.dims - 1], self.outputs(weight), *spatial]
 
+    def read(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Geometry]:
+        """The part of a batched input that is read, and the geometry on it.
+
+        A kernel of one position with a stride skips the rest.
+        """
+        if self.transposed or any(self.padding) or set(weight.shape[2:]) != {1} or set(self.stride) == {1}:
+            return x, self
+        for axis, stride in enumerate(self.stride, start=2):
+            x = x[(slice(None),) * axis + (slice(None, None, stride),)]
+        return x, dataclasses.replace(self, stride=(1,) * self.dims)
+
     def _size(self, position: int, size: Any, kernel: int) -> Any:
         stride, padding, dilation = self.stride[position], self.padding[position], self.dilation[position]
         span = dilation * (kernel - 1) + 1

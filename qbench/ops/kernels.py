@@ -7,6 +7,8 @@ kept in the blocked layout that it computes with, which a call would otherwise m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def sum_products(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 
     Args:
         x: (batch, in, …) float32 or float64.
-        weight: What `packed` returns.
+        weight: Floats, as they are or as `packed` returns them.
         bias: (out,) or None.
         geometry: Of the layer.
     """
@@ -42,20 +44,32 @@ def sum_products(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
             x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         )
     if geometry.dims == 1:
+        weight = weight[:, :, None] if weight.ndim == 3 else weight
         return _direct(x[:, :, None], weight, bias, _with_height(geometry)).squeeze(2)
     return _direct(x, weight, bias, geometry)
 
 
-def packed(weight: Tensor, geometry: Geometry) -> Tensor:
-    """The weight as `sum_products` takes it: blocked for oneDNN where PyTorch offers that, else as it is."""
-    if geometry.transposed or weight.dtype != torch.float32:
-        return weight
+def is_packable(dtype: torch.dtype, geometry: Geometry) -> bool:
+    """Whether `packed` changes anything: where PyTorch offers the layout that oneDNN computes with."""
+    return (
+        dtype == torch.float32
+        and geometry.dims < 3
+        and not geometry.transposed
+        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+    )
+
+
+def packed(weight: Tensor, geometry: Geometry, shape: Sequence[int]) -> Tensor:
+    """A float32 weight in the layout for inputs of this shape (batch, in, …).
+
+    With an input of another shape the sums are the same, but a layout that does not suit it can cost fifteen times as
+    much.
+    """
+    shape = [shape[0], weight.shape[1] * geometry.groups, *shape[2:]]
     if geometry.dims == 1:
-        weight, geometry = weight[:, :, None], _with_height(geometry)
-    reorder = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
-    if geometry.dims != 2 or reorder is None or weight.numel() == 0:
-        return weight
-    blocked: Tensor = reorder(weight, geometry.padding, geometry.stride, geometry.dilation, geometry.groups, None)
+        weight, geometry, shape = weight[:, :, None], _with_height(geometry), [*shape[:2], 1, shape[2]]
+    sizes = geometry.padding, geometry.stride, geometry.dilation, geometry.groups
+    blocked: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, shape)
     return blocked
 
 

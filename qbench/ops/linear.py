@@ -42,13 +42,14 @@ def linear(
     if codes.numel() == 0:
         return codes
     float32 = exact.float32_is_summed(input.device, "matmul")
-    parts = remembered(
+    plan = remembered(
         weight,
         bias,
         (grid.zero_point, grid.dtype, float32),
-        lambda: exact.plan(weight, weight[..., None], 1, bias, grid, float32=float32),
+        lambda: exact.plan(weight[..., None], bias, grid, float32=float32),
     )
-    acc = exact.add_parts(input, grid, -1, parts, lambda run, part: F.linear(run, part.weight, part.bias))
+    parts, weights = plan.parts, plan.floats(weight)
+    acc = exact.add_parts(input, grid, -1, parts, lambda run, index: F.linear(run, weights[index], parts[index].bias))
     return requantize(acc, channel_scale(input_scale, weight_scales, 0), output_grid(*out))
 
 
