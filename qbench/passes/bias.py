@@ -93,10 +93,15 @@ def quantize_bias(
     constants = constants_of(program)
     options = _Options(default_zero_bias, symmetric_quant, bits)
     plans: list[_Plan] = []
+    weight_only = constants.graph_module.meta.get("custom", {}).get("qbench", {}).get("weight_only", ())
     notes: dict[str, list[LayerNote]] = {"refused": [], "already": [], "without_bias": [], "left_float": []}
     for node in constants.graph.nodes:
         layer = read_layer(node, constants)
         if layer is None:
+            continue
+        if module_path(node) in weight_only:
+            reason = "it quantizes its weight only: its bias was trained in float"
+            notes["left_float"].append(LayerNote(node.name, module_path(node), reason))
             continue
         try:
             plans.append(_plan(layer, constants, options))

@@ -24,17 +24,20 @@ from qbench.graph.rules import Miss, Rule, apply_rules
 from qbench.passes.bias import quantize_bias
 from qbench.passes.fusion_report import FloatOperator, FusionReport
 from qbench.passes.qdq_fusion.boundary import BoundaryRule
-from qbench.passes.qdq_fusion.context import FusionContext
+from qbench.passes.qdq_fusion.context import CODES_IN_FLOAT, FusionContext
 from qbench.passes.qdq_fusion.elementwise import CatRule, ElementwiseRule
 from qbench.passes.qdq_fusion.layers import ConvolutionRule, LinearRule
 from qbench.passes.qdq_fusion.pooling import AverageRule
 from qbench.passes.qdq_fusion.unary import ClampRule, UnaryRule
 from qbench.passes.qdq_fusion.views import ViewRule
+from qbench.passes.qdq_fusion.weight_only import DynamicLinearRule, WeightOnlyLinearRule
 
 #: Tried in this order at every node that they start at.
 FUSION_RULES: tuple[Rule[FusionContext, object], ...] = (
     ConvolutionRule(),
     LinearRule(),
+    DynamicLinearRule(),
+    WeightOnlyLinearRule(),
     ElementwiseRule(),
     CatRule(),
     AverageRule(),
@@ -119,6 +122,8 @@ def _left_float(constants: Constants, missed: tuple[Miss, ...]) -> tuple[FloatOp
 
 def _is_real(node: fx.Node, reads_real: bool, constants: Constants) -> bool:
     """Whether a node holds real values; a graph whose nodes keep no values (PT2E's) is followed from its inputs."""
+    if CODES_IN_FLOAT in node.meta:
+        return False
     value = node.meta.get("val")
     if value is None and constants.key(node) is not None:
         value = constants.get(node)

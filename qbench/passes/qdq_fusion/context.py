@@ -30,6 +30,9 @@ _STORED = (torch.int8, torch.uint8)
 #: Key of `node.meta` under which a fused node keeps the name of the quantize node whose codes it computes.
 CODES_OF = "qbench_codes"
 
+#: Key of `node.meta` of a node that moves codes through float32 because PyTorch has no 8-bit kernel for the move.
+CODES_IN_FLOAT = "qbench_codes_in_float"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Codes:

@@ -22,7 +22,7 @@ from qbench.graph.edit import insert_call, set_argument
 from qbench.graph.recognise import is_dequantize
 from qbench.graph.rules import Refused, Rule
 from qbench.graph.scale_preserving import SCALE_PRESERVING, grid_source
-from qbench.passes.qdq_fusion.context import Codes, FusionContext
+from qbench.passes.qdq_fusion.context import CODES_IN_FLOAT, Codes, FusionContext
 
 aten = torch.ops.aten
 
@@ -104,6 +104,7 @@ class ViewRule(Rule[FusionContext, View]):
             return call
         wide = insert_call(node, aten._to_copy.default, (codes,), {"dtype": torch.float32})
         call = insert_call(node, overload(node.target), (wide, *node.args[1:]), node.kwargs)  # type: ignore[arg-type]
+        wide.meta[CODES_IN_FLOAT] = call.meta[CODES_IN_FLOAT] = True
         return insert_call(node, aten._to_copy.default, (call,), {"dtype": found.input.grid.dtype})
 
 
