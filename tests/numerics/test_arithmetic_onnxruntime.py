@@ -33,7 +33,8 @@ from qbench.numerics.arithmetic.onnxruntime import (
 INT8 = Grid(0.05, 3, -128, 127)
 OUT = Grid(0.0625, -17, -128, 127)
 
-EXACT = [op for op in onnxruntime_ops.OPS if "conv_transpose" not in op and op != "gelu_tanh (opset 21)"]
+# ConvTranspose sums in float, and from opset 20 GELU is an op with other float steps than the chain at 19.
+EXACT = [op for op in onnxruntime_ops.OPS if "conv_transpose" not in op and "opset 21" not in op]
 
 
 @pytest.mark.parametrize("op", EXACT)
