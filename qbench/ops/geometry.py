@@ -77,6 +77,12 @@ class Geometry:
                 f"input has shape {list(input.shape)} and weight {list(weight.shape)}; expected (batch, channels and "
                 f"{self.dims} sizes) and a weight of {self.dims + 2} dimensions"
             )
+        sizes = zip(self.output_padding, self.stride, self.dilation, strict=self.transposed)
+        if any(extra >= max(stride, dilation) for extra, stride, dilation in sizes):
+            raise NumericsError(
+                f"output_padding is {list(self.output_padding)}; expected less than the stride {list(self.stride)} or "
+                f"the dilation {list(self.dilation)}"
+            )
         channels = input.shape[-self.dims - 1]
         wanted = weight.shape[0] if self.transposed else weight.shape[1] * self.groups
         if channels != wanted or weight.shape[0] % self.groups:
