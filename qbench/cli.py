@@ -1,6 +1,7 @@
 """The console command `qbench`: parsing, messages and exit codes; what it does is in `qbench.job`.
 
-Exit codes: 0 done; 2 refused, with one line on stderr that says why and what would work; 130 interrupted or terminated.
+Exit codes: 0 done; 1 verified, and a promised zero is not zero; 2 refused, with one line on stderr that says why and
+what would work; 130 interrupted or terminated.
 """
 
 from __future__ import annotations
@@ -19,14 +20,24 @@ from qbench import targets
 from qbench.errors import QBenchError, QBenchWarning
 from qbench.export.runtimes import RUNTIMES
 from qbench.fake_quantize.bias import BIAS_SCALES
-from qbench.job import FLOAT_TRAINING, QAT_TRAINING, Job, run, versions
-from qbench.report.text import run_table
+from qbench.job import FLOAT_TRAINING, QAT_TRAINING, REPORT_FILE, Job, run, versions
+from qbench.past_runs import verify_again
+from qbench.report.text import run_table, verification_table
 from qbench.training import Settings
 
 _EPILOG = """\
 examples:
   qbench train --model resnet18 --data digits --target onnxruntime --out runs/demo
   qbench train --model nets.py:tiny --data imagefolder:photos --image-size 96 --out runs/tiny
+"""
+_VERIFY_EPILOG = """\
+exit codes:
+  0  every promised zero is zero
+  1  one is not
+  2  the folder cannot be verified; one line says why
+
+example:
+  qbench verify runs/demo
 """
 
 
@@ -36,15 +47,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(), _termination_as_interrupt():
             _show_warnings_in_one_line()
-            summary = run(job_of(arguments), say=_say)
+            return int(arguments.do(arguments))
     except QBenchError as error:
         print(f"qbench: error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("qbench: interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    summary = run(job_of(arguments), say=_say)
     print(run_table(summary, folder=str(arguments.out)))
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    found, _ = verify_again(arguments.folder, data=arguments.data, images=arguments.verify_images, say=_say)
+    print(verification_table(found))
+    verdict = "every promised 0 is 0" if found.kept else "a promised 0 is not 0"
+    print(f"{verdict}; report: {arguments.folder / REPORT_FILE}")
+    return 0 if found.kept else 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +88,25 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quantization(train)
     _add_training(train)
     _add_run(train)
+    train.set_defaults(do=_train)
+    again = commands.add_parser(
+        "verify",
+        help="compare every code of an earlier run again, and write its report anew",
+        description="Compare the files of a run with each other, with its QAT model and with the integer programs.",
+        epilog=_VERIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    again.add_argument("folder", type=Path, metavar="DIR", help="what --out of qbench train named")
+    again.add_argument("--data", help="digits, or imagefolder:DIR (default: the data of the run)")
+    again.add_argument("--verify-images", type=_positive, metavar="N", help="at most so many (default: as the run)")
+    again.set_defaults(do=_verify)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 1 on")
+    return int(text)
 
 
 def job_of(arguments: argparse.Namespace) -> Job:

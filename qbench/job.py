@@ -28,7 +28,8 @@ from qbench import training
 from qbench.conversion import conversion_report, convert
 from qbench.data import ImageData
 from qbench.errors import ConfigError, ConversionError, require
-from qbench.export.runtimes import RUNTIMES, get_runtime, run_file
+from qbench.export.processes import FileRunner
+from qbench.export.runtimes import RUNTIMES, get_runtime
 from qbench.folders import check_output, output_folder
 from qbench.fusion import fuse
 from qbench.models import build_model, check_outputs
@@ -36,10 +37,12 @@ from qbench.preparation import preparation_report, prepare_qat
 from qbench.qconfig import QConfig, get_qconfig
 from qbench.report.conversion import ConversionReport
 from qbench.report.data import Comparison, RunSummary, Verification
+from qbench.report.html import report_page
+from qbench.report.text import doubt_notes
 from qbench.training import FitResult, Score, Settings
-from qbench.verification import verify
+from qbench.verification import layer_figures, verify
 
-PROGRAM_FILE, WEIGHTS_FILE, SUMMARY_FILE = "model.pt2", "qat.pt", "summary.json"
+PROGRAM_FILE, WEIGHTS_FILE, SUMMARY_FILE, REPORT_FILE = "model.pt2", "qat.pt", "summary.json", "report.html"
 FLOAT_TRAINING = Settings(epochs=5, lr=0.02, label_smoothing=0.1)
 QAT_TRAINING = Settings(
     epochs=2, lr=0.002, schedule="cosine", label_smoothing=0.1, freeze_observers_at=0.5, freeze_bn_at=0.6
@@ -49,7 +52,7 @@ REQUIRED = {
     "executorch": ("executorch", ("executorch",)),
 }
 _SCORE_BATCH = 64
-_CHUNK = 1 << 28  # bytes of images that are handed to a runtime at once
+_FIGURE_IMAGES, _FIGURE_BATCH = 128, 16  # enough for ranges and histograms; activations of a batch are held
 _DISTRIBUTIONS = ("torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime", "executorch", "scikit-learn")
 
 Say = Callable[[str], None]
@@ -171,8 +174,11 @@ def run(job: Job, say: Say = lambda doing: None) -> RunSummary:
         program = to_program(job, images, trained.model)
     with output_folder(job.out, marker=SUMMARY_FILE, overwrite=job.overwrite) as folder:
         verification, deployed = deploy(job, folder, images, trained.model, program, clock)
+        with clock("report", "report"):
+            figures = layer_figures(trained.model, figure_inputs(images, job.verify_images))
         summary = summarize(job, folder, images, trained, verification, deployed, clock)
         (folder / SUMMARY_FILE).write_text(summary.to_json(), encoding="utf-8")
+        (folder / REPORT_FILE).write_text(report_page(summary, figures), encoding="utf-8")
     return summary
 
 
@@ -192,13 +198,7 @@ def check_steps(job: Job, images: ImageData) -> None:
 
 def train(job: Job, images: ImageData, clock: Clock) -> Trained:
     """Train float, fuse, prepare and train on; the model that comes back is in eval mode."""
-    qconfig = get_qconfig(
-        job.target,
-        weight_bits=job.weight_bits,
-        activation_bits=job.activation_bits,
-        bias_bits=job.bias_bits,
-        bias_scale=job.bias_scale,
-    )
+    qconfig = _qconfig(job)
     torch.manual_seed(job.seed)
     model = build_model(job.model, len(images.classes))
     check_outputs(model, job.model, images.example, len(images.classes))
@@ -213,6 +213,25 @@ def train(job: Job, images: ImageData, clock: Clock) -> Trained:
         fitted = training.fit(prepared, images.train, job.qat_training, label="QAT  ")
         qat_score = training.evaluate(prepared.eval(), held_out)
     return Trained(prepared, float_score, qat_score, fitted)
+
+
+def prepare_model(job: Job, classes: int, example: Tensor) -> nn.Module:
+    """The QAT model of a job as training starts it, with weights that nothing has trained.
+
+    Raises:
+        QBenchError: the model cannot be built, or not be prepared.
+    """
+    return _prepare(build_model(job.model, classes), _qconfig(job), (example,))
+
+
+def _qconfig(job: Job) -> QConfig:
+    return get_qconfig(
+        job.target,
+        weight_bits=job.weight_bits,
+        activation_bits=job.activation_bits,
+        bias_bits=job.bias_bits,
+        bias_scale=job.bias_scale,
+    )
 
 
 def _prepare(model: nn.Module, qconfig: QConfig, example: tuple[Tensor, ...]) -> nn.Module:
@@ -240,16 +259,25 @@ def deploy(
         torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, folder / WEIGHTS_FILE)
         torch.export.save(program, folder / PROGRAM_FILE)
         for name in job.runtimes:
-            get_runtime(name).export(program, _file(folder, name))
+            get_runtime(name).export(program, model_file(folder, name))
     with clock("verify", "verify"):
-        batches = data_sets.batches(images.held_out, job.max_batch)
-        count = -(-job.verify_images // job.max_batch)
-        inputs = [(pixels,) for pixels, _ in itertools.islice(iter(batches), count)]
-        files = {"program": folder / PROGRAM_FILE, **{name: _file(folder, name) for name in job.runtimes}}
+        inputs = held_out_inputs(images, job.verify_images, job.max_batch)
+        files = {"program": folder / PROGRAM_FILE, **{name: model_file(folder, name) for name in job.runtimes}}
         verification = verify(model, program, inputs, runtimes=job.runtimes, files=files)
     with clock("score", "score"):
-        scores = {name: score_file(name, _file(folder, name), images, job.max_batch) for name in job.runtimes}
+        scores = {name: score_file(name, model_file(folder, name), images, job.max_batch) for name in job.runtimes}
     return verification, scores
+
+
+def held_out_inputs(images: ImageData, count: int, batch: int) -> Iterator[tuple[Tensor]]:
+    """The first `count` held-out images (up to the next full batch), one batch at a time."""
+    batches = data_sets.batches(images.held_out, batch)
+    return ((pixels,) for pixels, _ in itertools.islice(iter(batches), -(-count // batch)))
+
+
+def figure_inputs(images: ImageData, count: int) -> Iterator[tuple[Tensor]]:
+    """The held-out images that the figures of a report are of."""
+    return held_out_inputs(images, min(count, _FIGURE_IMAGES), min(count, _FIGURE_BATCH))
 
 
 def score_file(runtime: str, path: Path, images: ImageData, batch: int) -> Score:
@@ -261,13 +289,10 @@ def score_file(runtime: str, path: Path, images: ImageData, batch: int) -> Score
         images: Data whose held-out half is scored.
         batch: Images in a batch.
     """
-    per_chunk = max(1, _CHUNK // (batch * images.example.nbytes))
     running = training.RunningScore()
-    loader = iter(data_sets.batches(images.held_out, batch))
-    while chunk := list(itertools.islice(loader, per_chunk)):
-        outputs = run_file(runtime, path, [(pixels,) for pixels, _ in chunk], threads=torch.get_num_threads())
-        for (_, labels), (logits, *_rest) in zip(chunk, outputs, strict=True):
-            scored = torch.from_numpy(logits)
+    with FileRunner(runtime, [path], threads=torch.get_num_threads()) as runner:
+        for pixels, labels in data_sets.batches(images.held_out, batch):
+            scored = torch.from_numpy(runner.run((pixels,))[0])
             running.add(scored, labels, nn.functional.cross_entropy(scored, labels))
     return running.score()
 
@@ -290,18 +315,11 @@ def summarize(
         float_top1=trained.float_score.top1,
         qat_top1=trained.qat_score.top1,
         deployed_top1={name: score.top1 for name, score in deployed.items()},
-        mismatches=verification.mismatches,
-        codes_compared=verification.codes_compared,
         seconds=clock.rounded(),
-        compared={key: comparison.compared for key, comparison in verification.comparisons.items()},
-        largest_steps=verification.largest_steps,
         held_out=trained.float_score.images,
         layers=_layers(conversion, verification),
-        spread={
-            part.name: {"codes": part.codes, "distinct": part.distinct, "saturated": part.saturated}
-            for part in verification.spread
-        },
-        notes=(*_left_in_float(trained.model), *_floored(conversion), *verification.notes),
+        **verification.summary_fields(),
+        notes=(*_left_in_float(trained.model), *_floored(conversion), *doubt_notes(verification), *verification.notes),
         files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
         settings=_settings(job, images, trained.fitted),
         versions=versions(),
@@ -362,5 +380,6 @@ def _settings(job: Job, images: ImageData, fitted: FitResult) -> dict[str, Any]:
     }
 
 
-def _file(folder: Path, runtime: str) -> Path:
+def model_file(folder: Path, runtime: str) -> Path:
+    """Where a run's folder holds the file of a runtime."""
     return folder / f"model{get_runtime(runtime).suffix}"

@@ -33,6 +33,7 @@ FLOORS = (
     ("data", "models"),
     ("training",),
     ("job",),
+    ("past_runs",),
     ("cli",),
     ("__main__",),
 )

@@ -156,11 +156,12 @@ class Verification:
 
     @property
     def promises(self) -> dict[str, bool]:
-        """By key of the comparisons that promise a zero, whether it is one.
+        """By key of the comparisons that promise a zero, whether it is one; without those that compared nothing.
 
         An integer program promises it for codes that depend on no operator which the target computes in float.
         """
-        kept = {key: self.exact[key] for key in ("parameters", "eval_vs_program")}
+        own = {"parameters": self.parameters, "eval_vs_program": self.eval_vs_program}
+        kept = {key: value.exact for key, value in own.items() if value.compared}
         for key in (f"integer_vs_{runtime.name}" for runtime in self.integer):
             promised = tuple(row for row in self.by_layer.get(key, ()) if not row.inexact)
             if promised:
@@ -169,8 +170,8 @@ class Verification:
 
     @property
     def kept(self) -> bool:
-        """Whether every promise is kept."""
-        return all(self.promises.values())
+        """Whether there is a promise, and every one is kept."""
+        return bool(self.promises) and all(self.promises.values())
 
     @property
     def codes_compared(self) -> int:
@@ -181,6 +182,22 @@ class Verification:
     def largest_steps(self) -> dict[str, int]:
         """The largest difference in codes, by key of `comparisons`."""
         return {key: comparison.largest_step for key, comparison in self.comparisons.items()}
+
+    def summary_fields(self) -> dict[str, Any]:
+        """What of this a `RunSummary` holds, by its field."""
+        return {
+            "mismatches": self.mismatches,
+            "codes_compared": self.codes_compared,
+            "compared": {key: comparison.compared for key, comparison in self.comparisons.items()},
+            "largest_steps": self.largest_steps,
+            "spread": {
+                part.name: {"codes": part.codes, "distinct": part.distinct, "saturated": part.saturated}
+                for part in self.spread
+            },
+            "promises": self.promises,
+            "by_layer": {key: tuple(map(asdict, rows)) for key, rows in self.by_layer.items()},
+            "cpu": self.cpu,
+        }
 
     def first_different(self, key: str) -> LayerComparison | None:
         """The first activation, in the order of the program, with a different code; None where there is none."""

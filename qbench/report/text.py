@@ -28,6 +28,7 @@ STEP_LABELS: Mapping[str, str] = {
     "convert": "convert",
     "export": "export",
     "verify": "verify",
+    "report": "report",
     "score": "score",
     "total": "total",
 }
@@ -118,11 +119,15 @@ def spread_line(spread: Sequence[CodeSpread]) -> str:
 def verification_table(verification: Verification) -> str:
     """The comparisons as a table, then the layers that differ and why, the spread of the codes and the notes."""
     differing = [comparison_line(layer) for layer in verification.layers if layer.different]
-    doubts = [f"{_label(key)}: not called exact, {why}" for key, why in verification.doubts.items()]
     spread = [spread_line(verification.spread)] if verification.spread else []
-    notes = [*differing, *doubts, *layer_notes(verification.by_layer), *spread, *verification.notes]
+    notes = [*differing, *doubt_notes(verification), *layer_notes(verification.by_layer), *spread, *verification.notes]
     lines = comparison_table(verification.comparisons) + bullets(notes)
     return "\n".join(lines)
+
+
+def doubt_notes(verification: Verification) -> list[str]:
+    """Why zeros are not called exact, in words; nothing where nothing is in doubt."""
+    return [f"{_label(key)}: not called exact, {why}" for key, why in verification.doubts.items()]
 
 
 def layer_notes(by_layer: Mapping[str, Sequence[LayerComparison]]) -> list[str]:
@@ -166,7 +171,7 @@ def run_table(summary: RunSummary, folder: str | None = None) -> str:
         _indented(comparison_table(summary_comparisons(summary))),
         _indented(_time_line(summary.seconds)),
         _indented(_files_line(summary.files, folder)),
-        bullets(summary.notes),
+        bullets([*layer_notes(summary_layers(summary)), *summary.notes]),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -193,6 +198,11 @@ def summary_comparisons(summary: RunSummary) -> dict[str, Comparison]:
     }
 
 
+def summary_layers(summary: RunSummary) -> dict[str, tuple[LayerComparison, ...]]:
+    """The comparisons of activations of a run, put together again from its summary."""
+    return {key: tuple(LayerComparison(**row) for row in rows) for key, rows in summary.by_layer.items()}
+
+
 def points(share: float) -> str:
     """A difference of two shares in points of a percent, with its sign: `-0.22`, `0.00`, `+0.44`."""
     rounded = round(100 * share, 2)
@@ -211,11 +221,13 @@ def _time_line(seconds: Mapping[str, float]) -> list[str]:
 
 
 def _files_line(files: Mapping[str, int], folder: str | None) -> list[str]:
-    """Where the files are, and how large each is; the summary, which lists the others, is not in its own list."""
+    """Where the files are, and how large each is; the summary and the report list the others, not themselves."""
     if not files:
         return []
     items = [f"{name} {size(n_bytes)}" for name, n_bytes in files.items()]
-    return _listed(f"files in {folder}:", [*items, "summary.json"]) if folder else _listed("files:", items)
+    if folder is None:
+        return _listed("files:", items)
+    return _listed(f"files in {folder}:", [*items, "summary.json", "report.html"])
 
 
 def _listed(start: str, items: Sequence[str]) -> list[str]:

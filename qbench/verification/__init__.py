@@ -14,7 +14,8 @@ only where codes are varied, so how varied they were is part of the result.
 
 from __future__ import annotations
 
+from qbench.verification.figures import layer_figures
 from qbench.verification.flow import verify, verify_files
 from qbench.verification.parameters import compare_parameters, output_grids
 
-__all__ = ["compare_parameters", "output_grids", "verify", "verify_files"]
+__all__ = ["compare_parameters", "layer_figures", "output_grids", "verify", "verify_files"]
