@@ -91,6 +91,7 @@ def conversion_report(model: nn.Module, *, target: str | targets.Target | None =
             "training works"
         )
     found = _target(modules, target)
+    _check_weight_only(modules, found)
     layers = [_check_module(path, module, found) for path, module in modules.items()]
     return ConversionReport(found.name, tuple(layer for layer in layers if layer is not None))
 
@@ -122,6 +123,15 @@ def _target(modules: dict[str, QatModule], target: str | targets.Target | None) 
             "target=...)"
         )
     return next(iter(found.values()))
+
+
+def _check_weight_only(modules: dict[str, QatModule], target: targets.Target) -> None:
+    paths = [path or "(root)" for path, module in modules.items() if module.qconfig.weight_only]
+    if paths and not target.weight_only:
+        raise ConversionError(
+            f"convert: {', '.join(paths[:3])} quantizes its weight only, and target {target.name} computes on integers "
+            f"alone; prepare it with get_qconfig({target.name!r})"
+        )
 
 
 def _check_module(path: str, module: QatModule, target: targets.Target) -> DeployedLayer | None:
