@@ -73,21 +73,22 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Row], *, plotted: 
         rows: HTML, as long as the header.
         plotted: Indices of columns.
     """
+    kinds = ["plot" if i in plotted else "number" if i else "name" for i in range(len(header))]
 
     def cell(index: int, html: str) -> str:
         if index == 0:
             return f'<th scope="row" role="rowheader">{html}</th>'
-        kind, label = "plot" if index in plotted else "number", escape(header[index])
-        return f'<td role="cell" class="{kind}" data-label="{label}">{html}</td>'
+        return f'<td role="cell" class="{kinds[index]}" data-label="{escape(header[index])}">{html}</td>'
 
     head = "".join(
-        f'<th scope="col" role="columnheader"{"" if i == 0 else " class=plot" if i in plotted else " class=number"}>{escape(name)}</th>'
-        for i, name in enumerate(header)
+        f'<th scope="col" role="columnheader" class="{kind}">{escape(name)}</th>'
+        for kind, name in zip(kinds, header, strict=True)
     )
     body = "\n".join(f"<tr role=row>{''.join(cell(i, html) for i, html in enumerate(row))}</tr>" for row in rows)
     return (
         f'<div class="frame" role="region" tabindex="0" aria-label="{escape(caption)}"><table role="table">\n'
-        f"<caption>{escape(caption)}</caption>\n<thead role=rowgroup><tr role=row>{head}</tr></thead>\n<tbody role=rowgroup>\n{body}\n</tbody></table></div>\n"
+        f"<caption>{escape(caption)}</caption>\n<thead role=rowgroup><tr role=row>{head}</tr></thead>\n"
+        f"<tbody role=rowgroup>\n{body}\n</tbody></table></div>\n"
     )
 
 

@@ -20,7 +20,7 @@ p { max-width: 46rem; margin: 0 0 .9rem; color: var(--quiet); }
 .bad { background: var(--bad-ground); color: var(--bad); }
 section { margin: 1.5rem 0; padding: 1.1rem 1.25rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .6rem; }
-.frame { overflow-x: auto; }
+.frame { position: relative; overflow-x: auto; }
 .frame:focus-visible, summary:focus-visible { outline: 2px solid var(--ink); outline-offset: 2px; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; }
 caption { padding-bottom: .3rem; color: var(--quiet); text-align: left; font-size: .85rem; }
@@ -44,7 +44,8 @@ details { margin: .5rem 0; }
 summary { cursor: pointer; padding: .2rem 0; font-weight: 500; }
 ul { margin: 0 0 .9rem; padding-left: 1.1rem; color: var(--quiet); overflow-wrap: anywhere; }
 @media (max-width: 42rem) { caption, tbody, tr, th[scope=row], td { display: block; }
-  table { display: block; } thead { position: absolute; clip-path: inset(50%); }
+  table { display: block; } thead { display: block; position: absolute; width: 1px; height: 1px;
+  overflow: hidden; clip-path: inset(50%); }
   tr { padding: .5rem 0; border-top: 1px solid var(--line); }
   th[scope=row], td { padding: .1rem 0; border: 0; }
   th[scope=row] { font-weight: 650; }

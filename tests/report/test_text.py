@@ -117,7 +117,7 @@ def test_run_table_line_by_line() -> None:
         "    export 22 s, verify 30 s, score 6.0 s",
         "",
         "  files in runs/demo: model.onnx 11.4 MB, model.pt2 11.9 MB, model.pte 11.3 MB,",
-        "    qat.pt 45.0 MB, summary.json",
+        "    qat.pt 45.0 MB, summary.json, report.html",
         "",
         "- fc stays in float because nobody gave it a quantizer, and this note is long",
         "  enough to be wrapped",
