@@ -9,6 +9,7 @@ Shapes: input (batch, in, …) or (in, …); weight (out, in / groups, …), tra
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from qbench.ops.arguments import (
     output_grid,
 )
 from qbench.ops.geometry import Geometry, numbers
-from qbench.ops.kernels import is_packable, packed, sum_products
+from qbench.ops.kernels import gains_by_packing, packed, sum_products
 from qbench.ops.library import OUT, define
 from qbench.ops.plans import Plan, remembered
 
@@ -124,16 +125,22 @@ def by_channel(weight: Tensor, geometry: Geometry) -> Tensor:
 def exact_sum(x: Tensor, grid: Grid, weight: Tensor, plan: Plan, geometry: Geometry) -> Tensor:
     """`acc` (batch, out, …) in float32 or float64, exact; a tensor that nobody else holds."""
     parts = plan.parts
-    if is_packable(parts[0].dtype, geometry):
-        weights = plan.packed(weight, tuple(x.shape), lambda floats: packed(floats, geometry, x.shape))
-    else:
+    weights = plan.forms.get(key := (x.shape, x.is_contiguous()))
+    if weights is None and gains_by_packing(x, weight, parts[0].dtype, geometry):
+        weights = plan.packed(weight, key, lambda floats: packed(floats, geometry, x.shape))
+    elif weights is None:
         weights = plan.floats(weight)
     return exact.add_parts(
         x, grid, 1, parts, lambda run, index: sum_products(run, weights[index], parts[index].bias, geometry)
     )
 
 
+def _hashable(sizes: Sequence[Any]) -> list[Any]:
+    return [tuple(size) if isinstance(size, (list, tuple)) else size for size in sizes]
+
+
 def _define_forward(dims: int) -> None:
+    @functools.lru_cache
     def geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
         return Geometry(
             numbers("stride", stride, dims, 1),
@@ -144,12 +151,13 @@ def _define_forward(dims: int) -> None:
 
     define(
         f"conv{dims}d_q8ta_q8csw_q8to({_LAYER}, int[] stride, int[] padding, int[] dilation, int groups, {OUT}",
-        lambda *given: convolve(*given[:6], geometry(*given[6:10]), *given[10:]),
-        lambda *given: fake_convolve(*given[:6], geometry(*given[6:10]), *given[10:]),
+        lambda *given: convolve(*given[:6], geometry(*_hashable(given[6:10])), *given[10:]),
+        lambda *given: fake_convolve(*given[:6], geometry(*_hashable(given[6:10])), *given[10:]),
     )
 
 
 def _define_transposed(dims: int) -> None:
+    @functools.lru_cache
     def geometry(
         stride: Sequence[int],
         padding: Sequence[int],
@@ -169,8 +177,8 @@ def _define_transposed(dims: int) -> None:
     define(
         f"conv_transpose{dims}d_q8ta_q8csw_q8to({_LAYER}, int[] stride, int[] padding, int[] output_padding, "
         f"int groups, int[] dilation, {OUT}",
-        lambda *given: convolve(*given[:6], geometry(*given[6:11]), *given[11:]),
-        lambda *given: fake_convolve(*given[:6], geometry(*given[6:11]), *given[11:]),
+        lambda *given: convolve(*given[:6], geometry(*_hashable(given[6:11])), *given[11:]),
+        lambda *given: fake_convolve(*given[:6], geometry(*_hashable(given[6:11])), *given[11:]),
     )
 
 

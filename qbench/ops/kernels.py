@@ -7,6 +7,7 @@ kept in the blocked layout that it computes with, which a call would otherwise m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,14 +50,19 @@ def sum_products(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     return _direct(x, weight, bias, geometry)
 
 
-def is_packable(dtype: torch.dtype, geometry: Geometry) -> bool:
-    """Whether `packed` changes anything: where PyTorch offers the layout that oneDNN computes with."""
-    return (
-        dtype == torch.float32
-        and geometry.dims < 3
-        and not geometry.transposed
-        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-    )
+def gains_by_packing(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: Geometry) -> bool:
+    """Whether a float kernel of `dtype` is faster on a `packed` weight for these codes.
+
+    It returns its sums in channels_last then. For a contiguous input they have to be turned back, which costs about as
+    much for each result as it saves for each weight; three input channels are computed in half of the time.
+    """
+    if dtype != torch.float32 or geometry.transposed or geometry.dims > 2 or x.device.type != "cpu":
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
+        return False
+    few_channels = geometry.groups == 1 and weight.shape[1] < 8
+    turned = x.is_contiguous() and not few_channels
+    return not turned or weight.numel() >= math.prod(geometry.shape(x, weight))
 
 
 def packed(weight: Tensor, geometry: Geometry, shape: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ class Plan:
 
     Attributes:
         parts: What `qbench.ops.exact.plan` returns.
-        forms: The weight of every part as floats, by the shape of the input that it is packed for (None: as it is).
+        forms: The weight of every part as floats, by the kind of input that it is packed for (None: as it is).
     """
 
     parts: list[Part]
@@ -39,13 +39,13 @@ class Plan:
             self.forms[None] = [part.floats(weight) for part in self.parts]
         return self.forms[None]
 
-    def packed(self, weight: Tensor, shape: Hashable, pack: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """The weight of every part, packed for inputs of this shape; as it is once too many shapes were seen."""
-        if shape not in self.forms:
+    def packed(self, weight: Tensor, key: Hashable, pack: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The weight of every part, packed for a kind of input; as it is once too many kinds were seen."""
+        if key not in self.forms:
             if len(self.forms) >= _MOST:
                 return self.floats(weight)
-            self.forms[shape] = [pack(part.floats(weight)) for part in self.parts]
-        return self.forms[shape]
+            self.forms[key] = [pack(part.floats(weight)) for part in self.parts]
+        return self.forms[key]
 
 
 @dataclasses.dataclass
