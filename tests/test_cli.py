@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def quick(nets: Path, out: Path, *more: str) -> list[str]:
     [
         (
             ["--target", "onnxruntme"],
-            "target 'onnxruntme' is unknown; expected one of onnxruntime, xnnpack, neutron; did",
+            "target 'onnxruntme' is unknown; expected one of onnxruntime, xnnpack, neutron, tosa; did",
         ),
         (
             ["--model", "resnet19"],
@@ -228,10 +229,10 @@ def test_a_whole_run_leaves_these_files_and_nothing_beside_them(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     out, _ = finished
-    names = ["model.onnx", "model.pt2", "model.pte", "qat.pt", "summary.json"]
+    names = ["model.onnx", "model.pt2", "model.pte", "qat.pt", "report.html", "summary.json"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert [path.name for path in out.parent.iterdir()] == ["tiny"]
-    sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.name != "summary.json"}
+    sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.name.startswith(("model", "qat"))}
     assert summary_of(out).files == sizes
 
 
@@ -249,16 +250,26 @@ def test_the_summary_says_what_was_promised(finished: tuple[Path, subprocess.Com
         "eval_vs_program",
         "program_vs_onnxruntime",
         "program_vs_executorch",
+        "integer_vs_onnxruntime",
+        "integer_vs_executorch",
     }
+    assert fields["mismatches"]["integer_vs_onnxruntime"] == fields["mismatches"]["integer_vs_executorch"] == 0
+    kept = ("parameters", "eval_vs_program", "integer_vs_onnxruntime", "integer_vs_executorch")
+    assert fields["promises"] == dict.fromkeys(kept, True)
     weights = 16 * 27 + 16 + 32 * 144 + 32 + 512 * 10 + 10
     assert fields["compared"] == {
         "parameters": weights,
         "eval_vs_program": 4500,
         "program_vs_onnxruntime": 4500,
         "program_vs_executorch": 4500,
+        # Codes of the image, of both convolutions and of the classifier, and the reals that the files return.
+        "integer_vs_onnxruntime": 450 * (3 * 64 + 16 * 64 + 32 * 16 + 10 + 10),
+        "integer_vs_executorch": 450 * (3 * 64 + 16 * 64 + 32 * 16 + 10 + 10),
     }
+    rows = fields["by_layer"]["integer_vs_executorch"]
+    assert [row["name"] for row in rows] == ["0.inputs.0", "0", "3", "7", "output"]
     assert fields["codes_compared"] == sum(fields["compared"].values())
-    assert set(fields["seconds"]) == {"float", "qat", "convert", "export", "verify", "score", "total"}
+    assert set(fields["seconds"]) == {"float", "qat", "convert", "export", "verify", "score", "report", "total"}
     assert fields["held_out"] == 450
     layers = fields["layers"]
     assert [layer["codes"] for layer in layers.values()] == [16 * 27 + 16, 32 * 144 + 32, 512 * 10 + 10]
@@ -300,3 +311,69 @@ def test_a_failure_in_the_middle_leaves_nothing(
     assert sorted(seen) == ["model.onnx", "model.pt2", "qat.pt"]
     assert capsys.readouterr().err == "qbench: error: the two sides differ in shape\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def run_folder(finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> Path:
+    """A copy of the whole run, to be changed."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def test_the_report_of_a_run_says_what_the_run_says(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    page = (finished[0] / "report.html").read_text(encoding="utf-8")
+    assert "All 4 promised zeros are zero" in page
+    assert f"{summary_of(finished[0]).compared['integer_vs_onnxruntime']:,}" in page
+    for heading in ("Bias error", "Weights", "Activations", "Code histograms"):
+        assert f">{heading}</h2>" in page
+
+
+def test_a_run_is_verified_again(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_folder / "report.html").unlink()
+    before = summary_of(run_folder)
+    assert cli.main(["verify", str(run_folder)]) == 0
+    out, err = capsys.readouterr()
+    assert "every promised 0 is 0" in out and err == ""
+    assert "integer program vs ExecuTorch" in out and "was not rebuilt" not in out
+    page = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert "Bias error" in page and f"{before.compared['integer_vs_executorch']:,}" in page
+    assert summary_of(run_folder) == before
+
+
+def test_a_model_that_is_not_of_its_files_ends_with_1(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A weight of the QAT model was changed after the run, and one runtime's file is gone."""
+    (run_folder / "model.pte").unlink()
+    state = torch.load(run_folder / "qat.pt", weights_only=True)
+    state["3.weight"][5] *= -1
+    torch.save(state, run_folder / "qat.pt")
+    assert cli.main(["verify", str(run_folder), "--verify-images", "64"]) == 1
+    out, _ = capsys.readouterr()
+    assert "a promised 0 is not 0" in out and "3.weight: " in out and "ExecuTorch" not in out
+    page = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert "A promised zero is not zero: trained codes vs converted codes" in page
+
+
+def test_without_its_weights_a_run_is_verified_as_far_as_it_goes(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "qat.pt").unlink()
+    (run_folder / "model.pte").unlink()
+    assert cli.main(["verify", str(run_folder), "--verify-images", "64"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "the QAT model was not rebuilt, so parameters, QAT eval and figures are left out" in words
+    assert "Bias error" not in (run_folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("summary", "says"),
+    [(None, "holds no run (no summary.json); qbench train --out"), ("{", "is not the summary of a run")],
+)
+def test_a_folder_without_a_run_is_refused(
+    summary: str | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(summary)
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and err.count("\n") == 1

@@ -1,15 +1,17 @@
-"""How many codes differ between the forms of whole models: trained, converted, reloaded, run by each runtime.
+"""How many codes differ between the forms of whole models: trained, converted, integer, run by each runtime.
 
-    python benchmarks/exactness/models.py --models resnet18 mobilenet_v2 --image-size 224 --out runs/exactness.json
+    python benchmarks/exactness/models.py --out runs/exactness.jsonl
 
 Each model is trained a little on the real images of digits (weights and BatchNorm statistics move), converted, written
-to files and compared on held-out images by `qbench.verify`, which reloads every file in a fresh process. A zero counts
-only together with how varied the codes were that it is over.
+to files and compared on held-out images by `qbench.verify`, which reloads every file in a fresh process and compares
+the integer program with the runtime: outputs and the codes of every activation. A zero counts only together with how
+varied the codes were that it is over. A model and seed that the output file already holds is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from pathlib import Path
@@ -20,13 +22,23 @@ from torch import nn
 
 import qbench
 from qbench import data
-from qbench.export.files import write_text
 from qbench.models import build_model
 from qbench.observers import MinMaxObserver
 from qbench.report.data import Verification
+from qbench.report.text import columns
 
 # Ten outputs an image would give too few codes to compare; the digits are the first ten classes.
 OUTPUTS = 1000
+MODELS = (
+    "resnet18",
+    "resnet50",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "shufflenet_v2_x1_0",
+    "googlenet",
+)
 
 
 def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int) -> tuple[nn.Module, torch.Tensor]:
@@ -34,6 +46,9 @@ def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int)
     torch.manual_seed(seed)
     images = data.load("digits", image_size)
     model = build_model(name, OUTPUTS)
+    head = getattr(model, "aux1", None)
+    if head is not None:  # GoogLeNet's auxiliary heads only train
+        model.aux_logits, model.aux1, model.aux2 = False, None, None
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             # Few steps: statistics that still lag would leave the codes in a corner of their range.
@@ -59,39 +74,74 @@ def measure(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]
     """Counts of one model and one seed, as plain values."""
     started = time.perf_counter()
     model, images = trained_model(name, options.image_size, options.steps, options.batch, seed)
+    images = images[: options.images]
     program = qbench.convert(model, (images,))
-    found = qbench.verify(model, program, (images,))
+    found = qbench.verify(model, program, (images,), options.runtimes)
     print(f"\n{name}, seed {seed}, {options.image_size} px, {options.steps} steps of {options.batch} images\n{found}")
     return {"model": name, "seed": seed, **figures(found), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def figures(found: Verification) -> dict[str, Any]:
     """The figures of a verification as plain values."""
+    firsts = {key: found.first_different(key) for key in found.by_layer}
     return {
         "compared": {key: comparison.compared for key, comparison in found.comparisons.items()},
         "different": found.mismatches,
         "largest_step": found.largest_steps,
+        "promises": found.promises,
+        "first_different": {key: row.name for key, row in firsts.items() if row is not None},
+        "inexact": {
+            key: sorted({row.inexact for row in rows if row.inexact}) for key, rows in found.by_layer.items()
+        },
         "fewest_distinct_codes": min(spread.distinct for spread in found.spread),
         "largest_saturated_share": max(spread.saturated_share for spread in found.spread),
+        "not_varied": [spread.name for spread in found.spread if not spread.varied],
+        "activations": len(found.spread),
+        "cpu": list(found.cpu),
         "notes": list(found.notes),
     }
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Model × runtime × (codes, mismatches)."""
+    keys = [key for key in rows[0]["compared"] if key != "parameters"] if rows else []
+    lines = [("model", "seed", "parameters", *keys, "varied")]
+    for row in rows:
+        different, compared = row["different"], row["compared"]
+        cells = [f"{different.get(key, '-')} of {compared.get(key, 0):,}" for key in ("parameters", *keys)]
+        varied = f"{row['activations'] - len(row['not_varied'])} of {row['activations']}"
+        lines.append((row["model"], str(row["seed"]), *cells, varied))
+    return "\n".join(columns(lines))
+
+
 def main() -> None:
-    """Measure what the command line asks for and write it as JSON."""
+    """Measure what the command line asks for; every row is appended to the output file when it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenet_v2"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/exactness.json"))
+    parser.add_argument("--images", type=int, default=8, help="held-out images that are compared, at most --batch")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "executorch"])
+    parser.add_argument("--out", type=Path, default=Path("runs/exactness.jsonl"))
     options = parser.parse_args()
-    rows = [measure(name, options, seed) for name in options.models for seed in options.seeds]
-    settings = {"image_size": options.image_size, "steps": options.steps, "batch": options.batch}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {**settings, "torch": torch.__version__, "rows": rows}
-    print(f"\nwritten to {write_text(options.out, json.dumps(found, indent=2) + chr(10))}")
+    settings = {key: getattr(options, key) for key in ("image_size", "steps", "batch", "images", "runtimes")}
+    settings["torch"] = torch.__version__
+    lines = options.out.read_text(encoding="utf-8").splitlines() if options.out.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["settings"] == settings]
+    done = {(row["model"], row["seed"]) for row in rows}
+    for name in options.models:
+        for seed in options.seeds:
+            if (name, seed) in done:
+                continue
+            rows.append({"settings": settings, **measure(name, options, seed)})
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            gc.collect()
+    wanted = [row for row in rows if row["model"] in options.models and row["seed"] in options.seeds]
+    print(f"\n{table(wanted)}\n\nrows in {options.out}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class TestGet:
 
     @pytest.mark.parametrize("given", ["", "tensorrt", "a chip", None, 8])
     def test_every_name_is_listed(self, given: object) -> None:
-        with pytest.raises(ConfigError, match=r"expected one of onnxruntime, xnnpack, neutron$"):
+        with pytest.raises(ConfigError, match=r"expected one of onnxruntime, xnnpack, neutron, tosa$"):
             qbench.targets.get(given)  # type: ignore[arg-type]
 
 

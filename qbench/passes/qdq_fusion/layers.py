@@ -51,6 +51,7 @@ class LayerRule(Rule[FusionContext, FusedLayer]):
         weight, views = _stored_weight(layer.weight, context)
         shape = _weight_shape(layer, weight, context)
         operator, geometry = self.operation(layer, shape)
+        context.function("requantize", note=_kind(layer, shape))
         scales = _scales(layer, context)
         input = context.codes(layer.input)
         results = context.results(node)
@@ -109,6 +110,13 @@ class ConvolutionRule(LayerRule):
         extra = _sizes(node_argument(node, "output_padding"), dims)
         operator = getattr(torch.ops.qbench, f"conv_transpose{dims}d_q8ta_q8csw_q8to").default
         return operator, (stride, padding, extra, layer.groups, dilation)
+
+
+def _kind(layer: Layer, shape: Sequence[int]) -> str:
+    """What `Arithmetic.inexact` calls the layer: `conv_transpose`, `conv3d`, …"""
+    if layer.transposed:
+        return "conv_transpose"
+    return f"conv{len(shape) - 2}d" if len(shape) > 2 else "linear"
 
 
 def _sizes(value: Any, dims: int) -> list[int]:
