@@ -244,6 +244,9 @@ def _stored_weight(layer: Layer, constants: Constants) -> StoredWeight:
     if bool(read.qparams.zero_point.any()):
         raise Refused("its weight has a zero point that is not 0")
     real = real.t() if layer.channels_last else real
+    if not real.is_contiguous():
+        # A matrix product of this layout sums in another order: last bits would differ.
+        raise Refused(f"its weight lies in memory as (in, out) ({read.source.name}); the operators take (out, in)")
     return _as_rows(read, codes, real)
 
 
@@ -289,6 +292,7 @@ def _scales_node(layer: Layer, weight: StoredWeight, constants: Constants) -> fx
 
 def _shared(key: str, value: Tensor, before: fx.Node, constants: Constants) -> fx.Node:
     """A node of a stored tensor: the one that an earlier layer stored under this key, or a new one."""
+    key = key.replace(".", "_")  # a module's buffer cannot have the name of a path
     for node in constants.nodes(key):
         stored = constants.get(node)
         if stored is not None and stored.dtype == value.dtype and torch.equal(stored, value):
