@@ -23,7 +23,7 @@ MEASURES = ("top1", "loss")
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     """Mean and standard deviation (n − 1)."""
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
+    return {"mean": round(float(np.mean(values)), 8), "sd": round(float(np.std(values, ddof=1)), 8)}
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -109,7 +109,7 @@ def _short(values: Sequence[float]) -> list[float]:
 
 def tables(conditions: list[dict[str, Any]]) -> str:
     """The Markdown tables of docs/ablation.md, each ending in a newline, with an empty line between them."""
-    return "\n".join(draw(conditions) for draw in (codes_table, top1_table, loss_table, onnx_table))
+    return "\n".join(draw(conditions) for draw in TABLES)
 
 
 def codes_table(conditions: list[dict[str, Any]]) -> str:
@@ -140,6 +140,20 @@ def loss_table(conditions: list[dict[str, Any]]) -> str:
     return _score_table(conditions, "loss", 1, 1000)
 
 
+def cost_table(conditions: list[dict[str, Any]]) -> str:
+    """Deployed minus in training, of the blind: what the bias error costs a model that did not see it."""
+    rows = []
+    for one in conditions:
+        cost = one["blind"]["deployment"]
+        cells = [
+            cell
+            for measure, digits, factor in (("top1", 3, 100), ("loss", 2, 1000))
+            for cell in (_number(cost[measure], digits, factor, sign="+"), _p(cost[measure]["p"]))
+        ]
+        rows.append([*_names(one), *cells])
+    return _markdown([*_HEAD, "top-1, points", "p", "loss, nats/1000", "p"], rows)
+
+
 def onnx_table(conditions: list[dict[str, Any]]) -> str:
     """The ONNX file in its runtime against the program; empty where no file was run."""
     rows = []
@@ -154,6 +168,7 @@ def onnx_table(conditions: list[dict[str, Any]]) -> str:
     return _markdown([*_HEAD, *head], rows)
 
 
+TABLES = (codes_table, top1_table, loss_table, cost_table, onnx_table)
 _HEAD = ("net", "grid", "bias")
 
 

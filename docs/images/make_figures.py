@@ -6,8 +6,10 @@ floats grey, values on a grid teal, the bias error orange, integers violet.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 FILL = {"float": "#f1f3f5", "grid": "#d3f1ec", "error": "#ffe3c2", "code": "#e4dcfb"}
@@ -239,7 +241,51 @@ def flow() -> Figure:
     return figure
 
 
-FIGURES = {"why": why, "layer": layer, "flow": flow}
+def ablation() -> Figure:
+    """What docs/ablation.json found: codes that a blind training did not see change, and what awareness gained."""
+    file = Path(__file__).parents[1] / "ablation.json"
+    conditions = json.loads(file.read_text(encoding="utf-8"))["conditions"]
+    seeds = max(len(one["seeds"]) for one in conditions)
+    figure = Figure(980, 92 + 24 * len(conditions), f"Bias-aware against bias-blind training, {seeds} seeds")
+    figure.text(24, 32, "net, grid, bias", anchor="start", bold=True)
+    figure.text(250, 32, "codes that deployment changes, blind", anchor="start", bold=True)
+    figure.text(775, 32, "deployed top-1, aware − blind, points", bold=True)
+    bottom = 60 + 24 * len(conditions)
+    for points in range(-4, 5, 2):
+        x = _points(points)
+        width = 1.4 if points == 0 else 0.7
+        figure.parts.append(f'<path d="M{x:.1f} 46V{bottom - 14}" stroke="#adb5bd" stroke-width="{width}"/>')
+        figure.text(x, bottom + 4, f"{points:+d}".replace("-", "−") if points else "0", size=12)
+    for index, one in enumerate(conditions):
+        _ablation_row(figure, 60 + 24 * index, one)
+    figure.text(24, bottom + 22, "dot: one seed; bar: mean ± standard deviation", anchor="start", size=12)
+    return figure
+
+
+def _points(value: float) -> float:
+    """Where a difference of so many points stands."""
+    return 775 + 42 * max(-4.5, min(4.5, value))
+
+
+def _ablation_row(figure: Figure, y: float, one: dict[str, Any]) -> None:
+    names = [one["net"], f"W{one['bits']}A{one['bits']}", one["bias"]]
+    for x, name in zip((24, 96, 144), names, strict=True):
+        figure.text(x, y + 4.5, name, anchor="start", size=12.5)
+    share = 100 * one["blind"]["changed"]["mean"]
+    bar = f'x="250" y="{y - 6}" width="{12 * share:.1f}" height="12"'
+    figure.parts.append(f'<rect {bar} fill="{EDGE["error"]}" opacity="0.7"/>')
+    figure.text(256 + 12 * share, y + 4.5, f"{share:.2f} %" if share >= 0.005 else "0", anchor="start", size=12)
+    paired = one["paired"]["top1"]
+    for value in paired["each"]:
+        x = _points(100 * value)
+        figure.parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="2.6" fill="{EDGE["grid"]}" opacity="0.45"/>')
+    low, mean, high = (_points(100 * (paired["mean"] + sign * paired["sd"])) for sign in (-1, 0, 1))
+    figure.parts.append(
+        f'<path d="M{low:.1f} {y}H{high:.1f}M{mean:.1f} {y - 7}V{y + 7}" stroke="{EDGE["code"]}" stroke-width="1.6"/>'
+    )
+
+
+FIGURES = {"why": why, "layer": layer, "flow": flow, "ablation": ablation}
 
 
 def main() -> None:
