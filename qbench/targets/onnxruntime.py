@@ -20,7 +20,7 @@ ONNXRUNTIME = Target(
         "weight int8 symmetric per channel": "ONNX QLinearConv: w_zero_point must be 0 per channel for int8 kernels",
         "bias int32 at s_in·s_w": "ONNX QLinearConv specification, input B",
         "narrower codes": "stored in int8; the grid has fewer codes, the arithmetic is that of 8 bits",
-        "weight-only": "ONNX DequantizeLinear on a stored weight, before a float MatMul, Gemm or Conv",
+        "weight-only": "it computes float layers too; qbench.export refuses programs without any quantized activation",
         "cat on one grid": "not needed by ONNX Runtime, which requantizes; kept so that one model serves XNNPACK too",
     },
 )

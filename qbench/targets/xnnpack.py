@@ -19,7 +19,7 @@ XNNPACK = Target(
         "weight int8 symmetric per channel": "the same; xnn_datatype_qcint8",
         "bias int32 at s_in·s_w, made by the delegate from a float bias": "executorch/backends/xnnpack/operators: the "
         "partitioner refuses a convolution whose bias is already int32",
-        "weight-only": "a float layer behind dequantized codes, which ExecuTorch runs in float",
+        "weight-only": "it computes float layers too; qbench.export refuses programs without any quantized activation",
         "cat on one grid": "XNNPACK concatenate: equal qparams, else the file fails at load",
     },
 )
