@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from qbench.errors import ExportError
 from qbench.graph.dialect import node_argument, packet
 from qbench.graph.edit import insert_call, refresh
 from qbench.graph.qdq import quantized_decomposed
@@ -50,6 +51,39 @@ def is_dequantize(node: object) -> bool:
 def is_activation_dequantize(node: object) -> bool:
     """Whether the node dequantizes codes that the program computed (not a stored weight)."""
     return is_dequantize(node) and node.args[0].op == "call_function"  # type: ignore[attr-defined]
+
+
+def check_grids(program: ExportedProgram, runtime: str) -> None:
+    """Refuse a program with a grid that no 8-bit runtime has.
+
+    Args:
+        program: A Q/DQ program.
+        runtime: Its name, for the message.
+
+    Raises:
+        ExportError: the first node whose scale, zero point, range or dtype is at fault, and why.
+    """
+    for node in program.graph.nodes:
+        reason = _fault_of_grid(node) if is_quantize(node) or is_dequantize(node) else ""
+        if reason:
+            raise ExportError(
+                f"node {node.name} cannot be deployed on {runtime}: {reason}; qbench.convert gives grids that can, if "
+                "the quantizers have seen data and have 8 bits or fewer"
+            )
+
+
+def _fault_of_grid(node: fx.Node) -> str:
+    grid: tuple[Any, ...] = node.args[1:6]
+    scale, zero_point, low, high, dtype = grid
+    stored = torch.tensor(scale, dtype=torch.float32)
+    if not stored > 0 or not (torch.isfinite(stored) and torch.isfinite(1 / stored)):
+        return f"its scale is {scale}, expected a positive float32 whose inverse is finite"
+    if is_quantize(node) and dtype not in (torch.int8, torch.uint8):
+        return f"its codes are {dtype}, expected torch.int8 or torch.uint8"
+    least, most = full_range(dtype)
+    if not least <= low <= zero_point <= high <= most:
+        return f"its zero point {zero_point}, its range [{low}, {high}] and {dtype} do not lie in each other"
+    return ""
 
 
 def insert_after(anchor: fx.Node, target: Any, args: Sequence[Any]) -> fx.Node:

@@ -10,18 +10,22 @@ optimized, so the report says what runs in integers and what does not.
 from __future__ import annotations
 
 import ast
+import itertools
 import os
+import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
 from qbench.errors import ExportError, require
 from qbench.export.files import atomic_path, check_destination
+from qbench.export.graphs import check_grids
 from qbench.export.onnx_form import to_onnx_form
 from qbench.export.program import check_program, copy_program, output_names, quiet
 from qbench.passes import BiasReport, quantize_bias
@@ -29,6 +33,8 @@ from qbench.passes import BiasReport, quantize_bias
 _EXTRA = "onnx"
 _PURPOSE = "write ONNX files"
 _FIRST_OPSET = 19
+
+_TRANSLATED_NODE = re.compile(r"translating node %(\w+)")
 
 #: Ops that move values and compute none: in float or not, they cannot differ.
 _MOVES = frozenset(
@@ -118,10 +124,11 @@ def to_onnx(
 
     Raises:
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-        ExportError: not a Q/DQ program; the path cannot be written; an op has no ONNX form; ONNX Runtime does not
-            load the file.
+        ExportError: not a Q/DQ program; a grid is no 8-bit one, or an op has no ONNX form (the message names the
+            node); the path cannot be written; ONNX Runtime does not load the file.
     """
     check_program(program, call="to_onnx(program, path)")
+    check_grids(program, "ONNX Runtime")
     target = check_destination(path)
     if opset < _FIRST_OPSET:
         raise ExportError(
@@ -138,6 +145,7 @@ def to_onnx(
     model = _translate(to_onnx_form(rewritten), opset)
     name_outputs(model, output_names(program))
     use_global_pools(model)
+    keep_pairs_apart(model)
     store_weights(model, weight_codes)
     RemoveUnusedNodesPass()(model)
     name_nodes(model)
@@ -159,10 +167,22 @@ def _translate(program: ExportedProgram, opset: int) -> Any:
         with quiet():
             exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:  # The exporter raises whatever its translations raise.
-        raise ExportError(f"torch.onnx could not translate the program to opset {opset}: {error}") from error
+        raise ExportError(f"torch.onnx cannot translate the program to opset {opset}: {_first_cause(error)}") from error
     if exported is None:  # pragma: no cover - only when a file name is given
         raise ExportError("torch.onnx returned no model")
     return exported.model
+
+
+def _first_cause(error: BaseException) -> str:
+    """The node that the exporter names on the way, and what went wrong first."""
+    node = ""
+    while True:
+        found = _TRANSLATED_NODE.search(str(error))
+        node = f"node {found[1]}: " if found else node
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            return f"{node}{error}"
+        error = cause
 
 
 def _save(model: Any, path: Path) -> None:
@@ -208,6 +228,52 @@ def _reduces_the_plane(node: Any) -> bool:
         return False
     rank = len(source.shape)
     return rank > 2 and sorted(int(axis) % rank for axis in axes.numpy().ravel()) == list(range(2, rank))
+
+
+def keep_pairs_apart(model: Any) -> int:
+    """Put a clip that changes no code behind each QuantizeLinear that directly reads another grid's DequantizeLinear.
+
+    ONNX Runtime takes `Q → DQ → Q → DQ` on two grids for one pair and makes up a grid from both, which gives other
+    values (95 % of the codes in a test). A clip between them is in its way.
+
+    Args:
+        model: An `onnx_ir.Model`, changed in place.
+
+    Returns:
+        How many clips were put.
+    """
+    import onnx_ir
+
+    clips = 0
+    for node in list(model.graph):
+        if node.op_type != "QuantizeLinear" or not _repeats_pair(node):
+            continue
+        info = np.iinfo(node.inputs[2].dtype.numpy())
+        extremes = [np.array(bound, info.dtype) for bound in (info.min, info.max)]
+        bounds = [_initializer(model, f"{info.dtype}_{bound}", bound) for bound in extremes]
+        clip = onnx_ir.Node("", "Clip", [node.outputs[0], *bounds])
+        clip.metadata_props.update(node.metadata_props)
+        clip.outputs[0].shape, clip.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        for reader, index in list(node.outputs[0].uses()):
+            reader.replace_input_with(index, clip.outputs[0])
+        clip.replace_input_with(0, node.outputs[0])
+        model.graph.insert_after(node, clip)
+        clips += 1
+    return clips
+
+
+def _repeats_pair(quantize: Any) -> bool:
+    """Whether a QuantizeLinear reads a DequantizeLinear of codes that the graph computes, on another grid."""
+    source = quantize.inputs[0].producer()
+    if source is None or source.op_type != "DequantizeLinear" or source.inputs[0].producer() is None:
+        return False
+    if len(quantize.inputs) < 3 or all(reader.op_type == "Clip" for reader, _ in quantize.outputs[0].uses()):
+        return False
+    grids = [[value.const_value for value in node.inputs[1:3]] for node in (source, quantize)]
+    return any(
+        one is None or other is None or not np.array_equal(one.numpy(), other.numpy())
+        for one, other in itertools.zip_longest(*grids)
+    )
 
 
 def name_outputs(model: Any, names: list[str]) -> None:

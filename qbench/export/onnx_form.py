@@ -1,7 +1,8 @@
 """The form of a Q/DQ program that ONNX Runtime fuses to integer kernels. No rewrite changes a value.
 
 codes       uint8 codes are int8 codes + 128, and so is the zero point: D stays. (Codes that two ops read stay int8
-            in ONNX Runtime's own conversion, and its convolutions with int8 activations stay in float on x64.)
+            in ONNX Runtime's own conversion, and its convolutions with int8 activations stay in float on x64.) An
+            input of int8 codes stays one and is quantized again: Q(D(c)) = c
 clamp       Q(clamp(x, a, b)) = clip(Q(x), Q(a), Q(b)): the op is followed by its quantize op directly, and a clip
             of codes remains only where the quantize op does not already saturate there
 narrow      QuantizeLinear saturates to its 8-bit type: fewer bits need the same clip
@@ -27,9 +28,24 @@ def to_onnx_form(program: ExportedProgram) -> ExportedProgram:
     graphs.keep_mean_dims(program)
     flatten_linears(program)
     graphs.close_views(program)
+    requantize_inputs(program)
     graphs.shift_codes(program, torch.uint8)
     clip_codes(program)
     return graphs.finish(program)
+
+
+def requantize_inputs(program: ExportedProgram) -> int:
+    """Give inputs that are int8 codes a q–dq pair, which becomes one of uint8; returns how many got one."""
+    inputs = set(program.graph_signature.user_inputs)
+    requantized = 0
+    for node in list(program.graph.nodes):
+        if not graphs.is_dequantize(node) or node.args[5] is not torch.int8 or node.args[0].name not in inputs:
+            continue
+        real = graphs.requantize_after(node, node)
+        for reader in [reader for reader in node.users if reader is not real.args[0]]:
+            reader.replace_input_with(node, real)
+        requantized += 1
+    return requantized
 
 
 def flatten_linears(program: ExportedProgram) -> int:

@@ -150,7 +150,7 @@ def test_networks_are_quantized_whole_and_exact(name: str) -> None:
     torch.manual_seed(0)
     x, held_out = images(8, 96, seed=1), images(8, 96, seed=2)
     qat = qbench.prepare_qat(
-        qbench.fuse(classification_model(name, 20)), qconfig=qbench.get_qconfig(), example_inputs=(x,)
+        qbench.fuse(classification_model(name, 100)), qconfig=qbench.get_qconfig(), example_inputs=(x,)
     )
     report = qbench.preparation_report(qat)
     assert report.left_in_float == report.float_operations == report.unreached == ()
@@ -160,4 +160,4 @@ def test_networks_are_quantized_whole_and_exact(name: str) -> None:
     train(qat, x, steps=2, rate=0.01)
     program = qbench.convert(qat, (held_out,))
     assert_exact(qat, program, held_out)
-    assert leaves(program.module()(held_out))[0].unique().numel() >= 50
+    assert leaves(program.module()(held_out))[0].unique().numel() >= 25  # of 800 outputs
