@@ -67,7 +67,19 @@ def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model.train()(pixels), labels).backward()
         optimizer.step()
+    observe_again(model, [next(loader)[0], next(loader)[0]])
     return model.eval(), held_out
+
+
+@torch.no_grad()
+def observe_again(model: nn.Module, batches: list[torch.Tensor]) -> None:
+    """Ranges of what the trained model computes: those of the first steps are many times wider after so few of them."""
+    for module in model.modules():
+        if isinstance(module, MinMaxObserver):
+            module.min_val.fill_(torch.inf)
+            module.max_val.fill_(-torch.inf)
+    for pixels in batches:
+        model.train()(pixels)
 
 
 def measure(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
