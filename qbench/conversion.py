@@ -22,6 +22,7 @@ from qbench.errors import ConfigError, ConversionError, LinkError, NumericsError
 from qbench.fake_quantize import FakeQuantize
 from qbench.graph.cleanup import remove_redundant_qdq
 from qbench.graph.qdq import quantized_decomposed
+from qbench.graph.recognise import is_dequantize, is_quantize
 from qbench.nn.qat.body import QatLayer, QatModule
 from qbench.nn.reference import reference_of
 from qbench.numerics.bias import accumulator_bound, fits_accumulator
@@ -45,7 +46,8 @@ def convert(
         dynamic_shapes: As for `torch.export.export`.
 
     Returns:
-        The program; `program.graph_module.meta["custom"]["qbench"]` holds the target's name.
+        The program; `program.graph_module.meta["custom"]["qbench"]` holds the target's name, `node.meta["custom"]` of
+        its operators the target's `annotation`.
 
     Raises:
         ConversionError: the model was not prepared, cannot be exported (a branch that depends on data), or a layer
@@ -64,6 +66,7 @@ def convert(
     reference = _reference_model(model)
     program = _export(reference, example_inputs, dynamic_shapes)
     remove_redundant_qdq(program)
+    _annotate(program, targets.get(report.target))
     custom = program.graph_module.meta.setdefault("custom", {})
     custom["qbench"] = {"target": report.target}
     weight_only = [path for path, module in quantized_modules(model) if module.qconfig.weight_only]
@@ -94,6 +97,14 @@ def conversion_report(model: nn.Module, *, target: str | targets.Target | None =
     _check_weight_only(modules, found)
     layers = [_check_module(path, module, found) for path, module in modules.items()]
     return ConversionReport(found.name, tuple(layer for layer in layers if layer is not None))
+
+
+def _annotate(program: torch.export.ExportedProgram, target: targets.Target) -> None:
+    """Put what the target's backend looks for into every operator node that is no q or dq."""
+    for node in program.graph.nodes:
+        if target.annotation and node.op == "call_function" and not (is_quantize(node) or is_dequantize(node)):
+            # A file keeps `custom` where it holds plain values only.
+            node.meta.setdefault("custom", {}).update(copy.deepcopy(dict(target.annotation)))
 
 
 # A channel that the bias floor makes this much coarser has lost a bit of its weights.

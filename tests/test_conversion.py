@@ -267,6 +267,21 @@ def test_the_target_is_that_of_the_qconfig_and_may_be_told(target: str) -> None:
     assert told.graph_module.meta["custom"]["qbench"] == {"target": "xnnpack"}
 
 
+@pytest.mark.parametrize("target", targets.names())
+def test_every_operator_carries_the_annotation_of_the_target(made: Made, target: str, tmp_path: Path) -> None:
+    model, _ = made("residual")
+    program = qbench.convert(model, (images(),), target=target)
+    torch.export.save(program, tmp_path / "program.pt2")
+    expected = {"quantized": True} if target == "tosa" else None
+    for found in (program, torch.export.load(tmp_path / "program.pt2")):
+        calls = [node for node in found.graph.nodes if node.op == "call_function"]
+        quantizers = [node for node in calls if is_q(node) or is_dq(node)]
+        assert len(calls) > len(quantizers) > 0
+        for node in calls:
+            told = node.meta.get("custom", {}).get("_arm_annotation_info")
+            assert told == (None if node in quantizers else expected), node
+
+
 def test_each_path_of_a_branch_is_exported_alone() -> None:
     examples = [(images(), True), (images(), False)]
     model = qbench.prepare_qat(Branchy(), qconfig=qbench.get_qconfig(), example_inputs=examples)
