@@ -125,8 +125,12 @@ def check_weight(weight: Tensor, scales: Tensor, bias: Tensor | None, outputs: i
 
 
 def channel_scale(input_scale: float, weight_scales: Tensor, trailing: int) -> Tensor:
-    """`f32(s_in · s_w)`: the accumulator's scale, () or (out, 1, …) with `trailing` ones behind the channel."""
-    scale = weight_scales * input_scale
+    """`s_in · s_w`: the accumulator's scale, () or (out, 1, …) with `trailing` ones behind the channel.
+
+    In float64, which holds the product of two float32 values exactly: whether it is rounded is the target's rule.
+    """
+    rounded = torch.tensor(input_scale, dtype=torch.float32, device=weight_scales.device)
+    scale = weight_scales.to(torch.float64) * rounded
     return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * trailing)
 
 

@@ -64,7 +64,8 @@ class Arithmetic:
     Attributes:
         name: The target's name.
         quantize: (x float32, out) -> codes. The rule for NaN and infinities is the target's.
-        requantize: (acc, scale, out) -> codes; `scale` is float32, `s_in · s_w`, () or broadcastable to `acc`. It may
+        requantize: (acc, scale, out) -> codes; `scale` is `s_in · s_w`, () or broadcastable to `acc`, exact in float64
+            or rounded to float32 (then a target that does not round it gives other codes here and there). It may
             overwrite `acc`: a caller that reads it afterwards passes a copy.
         add: (a, grid of a, b, grid of b, out) -> codes of a + b, shapes broadcast.
         sub: The same of a − b.

@@ -45,7 +45,8 @@ def _to_codes(steps: Tensor, out: Grid) -> Tensor:
 
 def requantize(acc: Tensor, scale: Tensor, out: Grid) -> Tensor:
     """The output of QLinearConv and QGemm."""
-    multiplier = scale / _tensor(out.scale, scale)
+    rounded = scale.to(torch.float32)
+    multiplier = rounded / _tensor(out.scale, rounded)
     return _to_codes(acc.to(torch.float32).mul_(multiplier), out)
 
 
