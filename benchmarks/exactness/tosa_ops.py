@@ -1,0 +1,167 @@
+"""TOSA's operations against its reference model: Q/DQ programs that ExecuTorch's Arm backend lowers, run by the model.
+
+The model has an environment of its own, which `QBENCH_TOSA_PYTHON` names (see `benchmarks.exactness.tosa_reference`).
+This side draws the cases and computes our codes; a worker over there lowers and runs them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.exactness import cases, tosa_reference
+from benchmarks.exactness.results import OpResult, Tally
+from qbench.numerics.arithmetic import Grid, Window
+from qbench.numerics.arithmetic.fixed_point import ARITHMETIC, multiplier_and_shift
+
+TARGET = "tosa"
+PYTHON = os.environ.get("QBENCH_TOSA_PYTHON", "runs/tosa/bin/python")
+if not Path(PYTHON).exists():
+    raise ImportError(f"no reference model at QBENCH_TOSA_PYTHON={PYTHON}. {tosa_reference.__doc__}")
+
+#: Cases that one process of the worker lowers and runs.
+_GROUP = 12
+_BINARY = ("add", "sub", "mul")
+_LAYERS = ("linear", "conv1d", "conv2d", "depthwise", "conv_transpose2d")
+_TABLES = ("hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "leaky_relu")
+_PARAMETERS = {"leaky_relu": (0.01,)}
+OPS = (*_BINARY, "rescale", "average_pool", "global_average", "max_pool2d", *_LAYERS, "relu6", *_TABLES)
+#: A batch of table codes and of pairs: lowering costs more than running.
+_COPIES = 64
+
+Drawn = tuple[dict[str, Any], Tensor]
+
+
+def _binary(rng: np.random.Generator, op: str) -> Drawn:
+    a_grid, b_grid, out = cases.binary_grids(rng)
+    if op == "mul":  # the ratio of a product is of both scales
+        b_grid = b_grid._replace(scale=cases.float32(b_grid.scale / out.scale))
+    a, b = cases.all_pairs()
+    case = {"form": "binary", "function": op, "a": tuple(a_grid), "b": tuple(b_grid), "out": tuple(out)}
+    return {**case, "inputs": [a, b]}, getattr(ARITHMETIC, op)(a, a_grid, b, b_grid, out)
+
+
+def _unary(form: str, source: Grid, out: Grid, codes: Tensor, **more: Any) -> dict[str, Any]:
+    return {"form": form, "source": tuple(source), "out": tuple(out), "inputs": [codes], **more}
+
+
+def _rescale(rng: np.random.Generator, op: str) -> Drawn:
+    source, out = cases.unary_grids(rng)
+    codes = cases.all_codes().repeat(_COPIES, 1)
+    case = _unary("rescale", source, out, codes)
+    return case, torch.cat([ARITHMETIC.rescale(codes, source, out), codes])
+
+
+def _table(rng: np.random.Generator, op: str) -> Drawn:
+    source, out = cases.unary_grids(rng, low=-4.0, high=4.0)
+    if rng.integers(4):  # the functions bend near zero
+        source = source._replace(scale=cases.float32(2.0 ** rng.uniform(-7, -3)))
+        out = out._replace(scale=cases.float32(2.0 ** rng.uniform(-9, -3)))
+    codes = cases.all_codes().repeat(_COPIES, 1)
+    table = ARITHMETIC.table(op, _PARAMETERS.get(op, ()), source, out)
+    form = "clamp" if op == "relu6" else "table"
+    return _unary(form, source, out, codes, function=op), table[codes.long() + 128]
+
+
+def _average_pool(rng: np.random.Generator, op: str) -> Drawn:
+    source, out = cases.unary_grids(rng, low=-4.0, high=4.0)
+    out = source if rng.integers(2) else out
+    height, width = (int(size) for size in rng.integers(6, 15, 2))
+    codes = cases.codes(rng, (1, 64, height, width))
+    if op == "global_average":
+        sums = (codes.long() - source.zero_point).sum((2, 3), keepdim=True)
+        expected = ARITHMETIC.global_average(sums, height * width, source, out)
+        return _unary("average_pool", source, out, codes, window=([height, width],)), expected
+    kernel, stride = (int(n) for n in rng.integers(1, 5, 2))
+    padding = int(rng.integers(0, kernel // 2 + 1))
+    include = bool(rng.integers(2))
+    window = Window((kernel, kernel), (stride, stride), (padding, padding), bool(rng.integers(2)), include)
+    spelled = ([kernel, kernel], [stride, stride], [padding, padding], window.ceil_mode, include)
+    expected = ARITHMETIC.average_pool(codes, source, out, window)
+    return _unary("average_pool", source, out, codes, window=spelled), expected
+
+
+def _max_pool(rng: np.random.Generator, op: str) -> Drawn:
+    grid = cases.grid(rng)
+    codes = cases.codes(rng, (1, 64, 24, 24))
+    window = [([2, 2], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1]), ([3, 3], [1, 1], [1, 1])][rng.integers(3)]
+    expected = F.max_pool2d(codes.to(torch.float32), *window).to(torch.int8)
+    return _unary("max_pool", grid, grid, codes, window=window), expected
+
+
+def _layer(rng: np.random.Generator, op: str) -> Drawn:
+    """A layer whose accumulators TOSA defines: within int32, and below 2^(shift − 1)."""
+    while True:
+        of = cases.LAYERS[op][rng.integers(len(cases.LAYERS[op]))]
+        kind = cases.KINDS[rng.integers(len(cases.KINDS))]
+        data = cases.layer_data(rng, of, kind, per_channel=bool(rng.integers(4)))
+        acc = cases.accumulate(data)
+        product = data.weight_scales.to(torch.float64) * data.source.scale
+        ratio = data.spread_channels(product) / data.out.scale
+        bound = 2.0 ** (multiplier_and_shift(ratio)[1] - 1).clamp(max=31).to(torch.float64)
+        if bool((acc.abs() < bound).all()):
+            break
+    names = ("dims", "stride", "padding", "output_padding", "dilation", "groups", "transposed")
+    case = {name: getattr(of, name) for name in names}
+    case.update(weight=data.weight, weight_scales=data.weight_scales, bias=data.bias, bias_scales=data.bias_scales)
+    expected = ARITHMETIC.requantize(acc, data.spread_channels(product), data.out)
+    return _unary("layer", data.source, data.out, data.codes, **case), expected
+
+
+_DRAW = {
+    **dict.fromkeys(_BINARY, _binary),
+    **dict.fromkeys(_LAYERS, _layer),
+    **dict.fromkeys((*_TABLES, "relu6"), _table),
+    "rescale": _rescale,
+    "average_pool": _average_pool,
+    "global_average": _average_pool,
+    "max_pool2d": _max_pool,
+}
+
+
+def draw(op: str, seed: int) -> Iterator[Drawn]:
+    """Cases of an operation and our codes, without end."""
+    rng = cases.generator(seed, TARGET, op)
+    while True:
+        yield _DRAW[op](rng, op)
+
+
+def runtime_codes(drawn: list[dict[str, Any]]) -> list[Tensor | str]:
+    """What the reference model computes for each case, or the reason why it does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(drawn, Path(folder) / "cases.pt")
+        worker = Path(__file__).parent / "tosa_reference" / "worker.py"
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            [PYTHON, str(worker), folder], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{PYTHON} {worker} failed:\n{done.stderr[-2000:]}")
+        found: list[Tensor | str] = torch.load(Path(folder) / "codes.pt", weights_only=False)
+    return found
+
+
+def sweep(op: str, codes: int, seed: int) -> OpResult:
+    """Compare at least `codes` codes of an operation; what is refused four groups running ends it, with the reason."""
+    tally, source, empty = Tally(), draw(op, seed), 0
+    refused: dict[str, int] = {}
+    while tally.compared < codes and empty < 4:
+        group = [next(source) for _ in range(_GROUP)]
+        before = tally.compared
+        for (_, expected), found in zip(group, runtime_codes([case for case, _ in group]), strict=True):
+            if isinstance(found, str):
+                refused[found] = refused.get(found, 0) + 1
+            else:
+                tally.add(expected, found)
+        empty = empty + 1 if tally.compared == before else 0
+    tally.note(*(f"{count} cases {reason}" for reason, count in refused.items()))
+    return tally.result(op, TARGET)
