@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from qbench import verification
 from qbench.errors import ExportError, MissingDependencyError, VerificationError
 from qbench.export.runtimes import RUNTIMES
 from qbench.nn.qat.body import QatLayer
+from qbench.passes.fusion_report import FloatOperator
+from qbench.verification import flow, forms
 
 # torch.export's own deepcopy of a program.
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
@@ -48,11 +51,22 @@ def test_everything_is_compared_and_what_must_be_0_is_0() -> None:
     modes = [module.training for module in model.modules()]
     found = qbench.verify(model, program, batches)
     assert [module.training for module in model.modules()] == modes
+    values = 2 * 8 * 8 * 13 * 13
     keys = ["parameters", "eval_vs_program", "program_vs_onnxruntime", "program_vs_executorch"]
-    assert list(found.mismatches) == list(found.comparisons) == keys
+    integer = ["integer_vs_onnxruntime", "integer_vs_executorch"]
+    assert list(found.mismatches) == list(found.comparisons) == [*keys, *integer]
+    for key in integer:
+        # Codes of the input, of both layers, and the output's values: every one.
+        assert found.exact[key] and found.promises[key]
+        inside = {row.name: row.compared for row in found.by_layer[key]}
+        assert inside == {"0.inputs.0": 2 * 8 * 3 * 32 * 32, "0": 2 * 8 * 8 * 30 * 30, "4": values, "output": values}
+        assert found.comparisons[key].compared == sum(inside.values())
+        assert found.first_different(key) is None and f"integer/{key.rpartition('_')[2]}" in found.timings
+    assert found.kept and found.doubts == {} and found.cpu
+    assert sum("x64quantprecision=1" in note for note in found.notes) == 1
+    assert sum("0 of" in note and "ships" in note for note in found.notes) == 2
     assert found.exact["parameters"]
     assert found.exact["eval_vs_program"]
-    values = 2 * 8 * 8 * 13 * 13
     codes = sum(p.numel() for name, p in model.named_parameters() if name in ("0.weight", "4.weight")) + 8 + 8
     assert [found.comparisons[key].compared for key in keys] == [codes, values, values, values]
     for key in keys[2:]:
@@ -234,3 +248,86 @@ def test_refused(small: Pair, name: str) -> None:
     with pytest.raises(kind) as error:
         call(small)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_wrong_integer_operator_is_seen_and_named(
+    small: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bias code off in the integer program: its layer is the first that differs, and the promise is broken."""
+    pytest.importorskip("onnxruntime")
+    fuse = forms.fuse_qdq
+
+    def wrong(program: ExportedProgram, *, target: str) -> Any:
+        report = fuse(program, target=target)
+        with torch.no_grad():
+            program.state_dict["conv2.bias"][3] += 200
+        return report
+
+    monkeypatch.setattr(forms, "fuse_qdq", wrong)
+    model, program = small
+    found = qbench.verify(model, program, (images(8, seed=3),), runtimes=("onnxruntime",))
+    first = found.first_different("integer_vs_onnxruntime")
+    assert first is not None and first.name == "conv2" and first.inexact == ""
+    assert not found.promises["integer_vs_onnxruntime"] and not found.kept
+    assert "a promised 0 is not 0 in conv2" in " ".join(str(found).split())
+
+
+def test_a_difference_behind_a_float_operator_is_explained(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    fuse = forms.fuse_qdq
+
+    def as_if_float(program: ExportedProgram, *, target: str) -> Any:
+        """conv2 fused with a wrong bias, and reported as left in float."""
+        report = fuse(program, target=target)
+        with torch.no_grad():
+            program.state_dict["conv2.bias"][3] += 200
+        node = next(n for n in program.graph.nodes if n.op == "call_function" and "conv2.bias" in _stored(program, n))
+        left = FloatOperator(node.name, "aten.conv2d", "conv2", "of a test")
+        return dataclasses.replace(report, left_float=(left,))
+
+    monkeypatch.setattr(forms, "fuse_qdq", as_if_float)
+    model, program = small
+    found = qbench.verify(model, program, (images(8, seed=3),), runtimes=("onnxruntime",))
+    assert found.mismatches["integer_vs_onnxruntime"] > 0
+    assert found.promises["integer_vs_onnxruntime"] and found.kept
+    assert "onnxruntime: conv2 (aten.conv2d) stays in float: of a test" in " ".join(str(found).split())
+
+
+def _stored(program: ExportedProgram, node: Any) -> set[str]:
+    names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    return {names[source.name] for source in node.all_input_nodes if source.name in names}
+
+
+def test_a_session_without_its_exact_setting_is_not_called_exact(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    model, program = small
+    asked = dataclasses.replace(RUNTIMES["onnxruntime"], exact_settings=("session.no_such_setting=1",))
+    monkeypatch.setitem(RUNTIMES, "onnxruntime", asked)
+    monkeypatch.setattr(flow, "_has_vnni", lambda cpu: False)
+    found = qbench.verify(model, program, (images(8, seed=3),), runtimes=("onnxruntime",))
+    assert found.mismatches["integer_vs_onnxruntime"] == 0
+    assert not found.exact["integer_vs_onnxruntime"] and not found.kept
+    assert "not called exact, the session runs without session.no_such_setting=1" in " ".join(str(found).split())
+
+
+def test_batches_are_taken_one_at_a_time_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator is never read ahead by more than the first batch, and parts of a batch count as the whole."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images(8))
+    batch = torch.export.Dim("batch", min=1, max=16)
+    program = qbench.convert(model, (images(2),), dynamic_shapes=({0: batch},))
+    alive: list[Any] = []
+
+    def batches() -> Any:
+        for seed in range(3):
+            x = images(5, seed=seed)
+            alive.append(weakref.ref(x))
+            yield (x,)
+            del x
+            assert sum(ref() is not None for ref in alive) <= 1
+
+    monkeypatch.setattr(forms, "CODES_AT_ONCE", 2 * (3 * 12 * 12 + 4 * 10 * 10))
+    found = qbench.verify(model, program, batches(), runtimes=("onnxruntime",))
+    rows = {row.name: row.compared for row in found.by_layer["integer_vs_onnxruntime"]}
+    assert rows == {"0.inputs.0": 15 * 432, "0": 15 * 400, "output": 15 * 400} and found.kept

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from qbench.errors import MissingDependencyError, VerificationError
 from qbench.export.processes import FileRunner
 from qbench.export.program import load_program
 from qbench.export.runtimes import get_runtime
+from qbench.export.taps import Tap
 from qbench.nn.qat.body import QatLayer
 from qbench.numerics.qparams import QParams
 from qbench.preparation import quantized_modules
-from qbench.report.data import Comparison, LayerComparison, Verification
+from qbench.report.data import CodeSpread, Comparison, LayerComparison, Verification
 from qbench.verification.counting import Count, check_shapes
 from qbench.verification.forms import RuntimeForms, TappedFile, images_at_once, make_forms, save_tapped
 from qbench.verification.parameters import compare_parameters, output_grids
@@ -129,7 +130,12 @@ def _checked(inputs: Inputs) -> Iterator[tuple[Tensor, ...]]:
     first = next(batches, None)
     if first is None:
         raise VerificationError("verify: no inputs were given; a zero over no codes says nothing")
-    return itertools.chain([first], batches)
+    return _after(deque([first]), batches)
+
+
+def _after(first: deque[tuple[Tensor, ...]], rest: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    yield first.popleft()  # itertools.chain would hold it to the end
+    yield from rest
 
 
 def _check_batch(batch: object) -> tuple[Tensor, ...]:
@@ -169,7 +175,8 @@ class _Session:
             self.sides.append(_Side(form, runner, grids, None if form.integer is None else position))
             position += form.integer is not None
 
-    def compare(self, batches: Iterable[tuple[Tensor, ...]], model: nn.Module | None) -> tuple:  # type: ignore[type-arg]
+    def compare(self, batches: Iterable[tuple[Tensor, ...]], model: nn.Module | None) -> tuple[CodeSpread, ...]:
+        """Compare every form on every batch; returns how varied the model's codes were."""
         if model is None:
             for batch in batches:
                 self._compare_deployed(batch, self.programs.run(batch))
@@ -333,9 +340,9 @@ def _add_taps(
             counts.setdefault(tap.name, Count()).add_codes(codes, its_codes, (tap.zero, its.zero))
 
 
-def _taps(file: TappedFile, outputs: list[np.ndarray]):  # type: ignore[no-untyped-def]
+def _taps(file: TappedFile, outputs: list[np.ndarray]) -> list[tuple[Tap, np.ndarray]]:
     taps = file.tapped.taps
-    return zip(taps, outputs[len(outputs) - len(taps) :], strict=True)
+    return list(zip(taps, outputs[len(outputs) - len(taps) :], strict=True))
 
 
 def _has_vnni(cpu: Sequence[str]) -> bool:
