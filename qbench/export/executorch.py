@@ -26,6 +26,7 @@ from qbench.export import graphs
 from qbench.export.files import check_destination, write_bytes
 from qbench.export.program import check_program, copy_program, quiet
 from qbench.export.xnnpack_form import to_xnnpack_form
+from qbench.export.xnnpack_limits import KeptInFloat, keep_layers_in_float
 from qbench.graph.dialect import overload
 from qbench.graph.recognise import is_dequantize
 
@@ -62,12 +63,15 @@ class ExecutorchReport:
         delegates: How many XNNPACK delegates it holds.
         delegated: The operators inside them, without quantize and dequantize ops.
         not_delegated: The operators outside, quantize and dequantize ops included.
+        kept_in_float: The layers that stand between quantized ops and that XNNPACK would refuse on codes, with the
+            reason; named as in the program that was given.
     """
 
     path: Path
     delegates: int
     delegated: tuple[LoweredNode, ...]
     not_delegated: tuple[LoweredNode, ...]
+    kept_in_float: tuple[KeptInFloat, ...] = ()
 
     @property
     def delegated_ops(self) -> dict[str, int]:
@@ -86,7 +90,8 @@ class ExecutorchReport:
     def __str__(self) -> str:
         kernels = ", ".join(f"{count} {op}" for op, count in sorted(self.delegated_ops.items())) or "nothing"
         outside = ", ".join(map(str, self.not_delegated)) or "nothing"
-        return f"{self.path}: {self.delegates} XNNPACK delegates with {kernels}; outside: {outside}"
+        kept = "".join(f"; kept in float: {layer}" for layer in self.kept_in_float)
+        return f"{self.path}: {self.delegates} XNNPACK delegates with {kernels}; outside: {outside}{kept}"
 
 
 #: Operators that compute no value.
@@ -128,8 +133,10 @@ def to_executorch(program: ExportedProgram, path: str | os.PathLike[str]) -> Exe
     with quiet():
         for module in ("executorch.exir", "executorch.backends.xnnpack.partition.xnnpack_partitioner"):
             require(module, extra=_EXTRA, purpose=_PURPOSE)
-        lowered = _lower(to_xnnpack_form(copy_program(program)))
-        report = _report(target, lowered.exported_program())
+        form = to_xnnpack_form(copy_program(program))
+        kept = keep_layers_in_float(form)
+        lowered = _lower(form)
+        report = _report(target, lowered.exported_program(), kept)
         data = _serialize(lowered, report)
     write_bytes(target, data)
     return report
@@ -177,7 +184,7 @@ def _serialize(lowered: Any, report: ExecutorchReport) -> bytes:
         raise ExportError(f"ExecuTorch has no kernel for what XNNPACK left ({outside}): {error}") from error
 
 
-def _report(path: Path, program: ExportedProgram) -> ExecutorchReport:
+def _report(path: Path, program: ExportedProgram, kept: tuple[KeptInFloat, ...]) -> ExecutorchReport:
     delegates = []
     outside = []
     for node in program.graph.nodes:
@@ -191,6 +198,7 @@ def _report(path: Path, program: ExportedProgram) -> ExecutorchReport:
         delegates=len(delegates),
         delegated=tuple(_describe(node) for node in inside if not _is_qdq(node)),
         not_delegated=tuple(_describe(node) for node in outside),
+        kept_in_float=kept,
     )
 
 

@@ -19,6 +19,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from qbench.export import graphs
+from qbench.export.xnnpack_limits import close_views_of_inputs, share_cat_grids, spell_out_tanh_gelu
 from qbench.graph.clamps import clamps_before
 from qbench.graph.dialect import packet
 from qbench.graph.qdq import quantized_decomposed
@@ -29,12 +30,15 @@ _RELU = (0.0, math.inf)
 
 
 def to_xnnpack_form(program: ExportedProgram) -> ExportedProgram:
-    """Rewrite a program in place, with every rewrite of this file in its order; returns it."""
+    """Rewrite a program in place, with the rewrites of this file and of `xnnpack_limits` in order; returns it."""
     graphs.infer_sizes(program)
     graphs.keep_mean_dims(program)
     graphs.close_views(program)
+    close_views_of_inputs(program)
     graphs.shift_codes(program, torch.int8)
     clamp_before_quantize(program)
+    share_cat_grids(program)
+    spell_out_tanh_gelu(program)
     widen_weight_ranges(program)
     separate_outputs(program)
     separate_dequantizes(program)

@@ -1,0 +1,172 @@
+"""What XNNPACK would refuse when a file is loaded, or compute otherwise than the program says, rewritten before.
+
+layer       s_in·s_w / s_out < 256, or it stays in float: its weight is stored as reals
+transposed  one scale per output channel only without groups, else it stays in float
+cat         one grid at all ends: inputs on another grid are quantized to that of the output first
+views       of codes that are an input of the program, with another grid behind them: a q–dq pair ends the view
+gelu        approximate="tanh" is written out: XNNPACK would compute the other GELU (up to 5e-4 away)
+
+Values are those of the program, up to float rounding in what stays in float.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+
+from qbench.export import graphs
+from qbench.graph.clamps import clamp_bounds
+from qbench.graph.constants import ProgramConstants
+from qbench.graph.dialect import argument, packet
+from qbench.graph.edit import insert_call, module_path
+from qbench.graph.layers import Layer, output_scales, read_layer, weight_scales
+from qbench.graph.qdq import quantized_decomposed
+from qbench.graph.scale_preserving import grid_source
+
+aten = torch.ops.aten
+
+#: XNNPACK takes no layer whose s_in·s_w / s_out reaches this.
+LARGEST_RATIO = 256.0
+
+
+@dataclass(frozen=True)
+class KeptInFloat:
+    """An operator between quantize and dequantize ops that the file computes in float.
+
+    Attributes:
+        op: Its name, `"aten.conv2d"`.
+        name: The path of its module and its name in the program.
+        reason: Why XNNPACK cannot take it on codes.
+    """
+
+    op: str
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}: {self.reason}"
+
+
+def keep_layers_in_float(program: ExportedProgram) -> tuple[KeptInFloat, ...]:
+    """Store the weights of layers that XNNPACK cannot take on codes as reals; returns those layers."""
+    constants = ProgramConstants(program)
+    kept = []
+    for node in list(program.graph.nodes):
+        layer = read_layer(node, constants)
+        reason = layer and _refusal(layer, constants)
+        if layer is None or not reason:
+            continue
+        weight = constants.get(layer.weight)
+        if weight is None:  # pragma: no cover - its scales were read from constants
+            continue
+        stored = constants.add(f"{layer.weight.name}_reals", weight.clone(), before=node)
+        node.replace_input_with(layer.weight, stored)
+        path = module_path(node)
+        op = str(packet(node.target)).replace("::", ".")
+        kept.append(KeptInFloat(op, f"{path}/{node.name}" if path else node.name, reason))
+    if kept:
+        graphs.finish(program)
+        constants.drop_unused()
+    return tuple(kept)
+
+
+def _refusal(layer: Layer, constants: ProgramConstants) -> str | None:
+    found = weight_scales(layer, constants)
+    if found is None or not graphs.is_dequantize(layer.input):
+        return None
+    if layer.transposed and layer.groups > 1 and found.ndim:
+        return f"it has {layer.groups} groups, and XNNPACK takes a transposed convolution per channel without groups"
+    quantize = _quantize_behind(layer.node)
+    scales = output_scales(layer, found)
+    if quantize is None or scales is None:
+        return None
+    largest = _largest_ratio(layer.input.args[1], scales, quantize.args[1])
+    if largest < LARGEST_RATIO:
+        return None
+    return f"s_in·s_w / s_out is {largest:.6g}, and XNNPACK takes less than {LARGEST_RATIO:g}"
+
+
+def _largest_ratio(s_in: object, scales: Tensor, s_out: object) -> float:
+    """As XNNPACK computes it: every step in float32."""
+    products = torch.tensor(s_in, dtype=torch.float32) * scales.to(torch.float32)
+    return float((products / torch.tensor(s_out, dtype=torch.float32)).max())
+
+
+def _quantize_behind(node: fx.Node) -> fx.Node | None:
+    """The quantize op that reads a node, directly or through clamps, where nothing else does."""
+    while len(node.users) == 1:
+        [node] = node.users
+        if graphs.is_quantize(node):
+            return node
+        if clamp_bounds(node) is None:
+            return None
+    return None
+
+
+def share_cat_grids(program: ExportedProgram) -> int:
+    """Quantize the inputs of a `cat` to the grid of its output where they lie on another; returns how many were."""
+    changed = 0
+    program.graph.eliminate_dead_code()  # A clamp that was moved would still be a reader.
+    for node in list(program.graph.nodes):
+        if packet(node.target) is not aten.cat or len(node.users) != 1:
+            continue
+        [quantize], sources = node.users, cast("list[fx.Node]", node.args[0])
+        if not graphs.is_quantize(quantize) or not all(map(graphs.is_dequantize, sources)):
+            continue  # It stays in float.
+        for source in dict.fromkeys(sources):
+            if source.args[1:] != quantize.args[1:]:
+                node.replace_input_with(source, _on_grid(source, quantize))
+                changed += 1
+    return changed
+
+
+def _on_grid(source: fx.Node, quantize: fx.Node) -> fx.Node:
+    """A q–dq pair with the parameters of `quantize` after `source`; the dequantize node is returned."""
+    parameters = quantize.args[1:]
+    codes = graphs.insert_after(source, quantize.target, (source, *parameters))
+    return graphs.insert_after(codes, quantized_decomposed().dequantize_per_tensor.default, (codes, *parameters))
+
+
+def close_views_of_inputs(program: ExportedProgram) -> int:
+    """End a view or a max pool of the program's input codes on their own grid; returns how many were ended."""
+    constants, closed = ProgramConstants(program), 0
+    for node in list(program.graph.nodes):
+        source = grid_source(node)
+        if source is None or not graphs.is_dequantize(source) or not isinstance(node.meta["val"], Tensor):
+            continue
+        codes = cast("fx.Node", source.args[0])
+        if codes.op != "placeholder" or constants.key(codes) is not None:
+            continue
+        for reader in list(node.users):
+            if graphs.is_quantize(reader) and reader.args[1:] != source.args[1:]:
+                reader.replace_input_with(node, graphs.requantize_after(node, source))
+                closed += 1
+    return closed
+
+
+def spell_out_tanh_gelu(program: ExportedProgram) -> int:
+    """Write `gelu(x, approximate="tanh")` as `x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))`; returns how many were."""
+    written = 0
+    for node in list(program.graph.nodes):
+        if packet(node.target) is not aten.gelu:
+            continue
+        if argument(node.target, node.args, node.kwargs, "approximate") != "tanh":
+            continue
+
+        def call(operator: OpOverload[Any, Any], *args: object, before: fx.Node = node) -> fx.Node:
+            return insert_call(before, operator, args)
+
+        x = node.args[0]
+        cube = call(aten.mul.Tensor, call(aten.mul.Tensor, x, x), x)
+        inner = call(aten.add.Tensor, x, call(aten.mul.Tensor, cube, 0.044715))
+        tanh = call(aten.tanh.default, call(aten.mul.Tensor, inner, math.sqrt(2.0 / math.pi)))
+        half = call(aten.mul.Tensor, x, 0.5)
+        graphs.replace_everywhere(program, node, call(aten.mul.Tensor, half, call(aten.add.Tensor, tanh, 1.0)))
+        written += 1
+    return written
