@@ -51,7 +51,9 @@ def sub(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, out: Grid) -> Tensor:
 
 def _weighted_sum(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, out: Grid, *, sign: int) -> Tensor:
     ratios = [float32(grid.scale / out.scale) for grid in (a_grid, b_grid)]
-    shift = 20 - (math.frexp(max(ratios))[1] - 1)
+    # Below 2^-10 every sum is less than half a step, whatever the multipliers; above 2^19 any two codes saturate or
+    # cancel. The bounds keep both in int32.
+    shift = min(max(20 - (math.frexp(max(ratios))[1] - 1), 1), 30)
     a_multiplier, b_multiplier = (round(math.ldexp(ratio, shift)) for ratio in ratios)
     b_multiplier *= sign
     offset = (1 << (shift - 1)) - a_grid.zero_point * a_multiplier - b_grid.zero_point * b_multiplier
@@ -97,6 +99,6 @@ ARITHMETIC = Arithmetic(
     rescale=rescale,
     table=table,
     inexact={
-        "gelu_tanh": "XNNPACK takes it for the other GELU; to_executorch leaves it to ExecuTorch's own float kernel",
+        "gelu_tanh": "XNNPACK takes it for the other GELU; to_executorch writes it out in float operators",
     },
 )
