@@ -28,15 +28,14 @@ PYTHON = os.environ.get("QBENCH_TOSA_PYTHON", "runs/tosa/bin/python")
 if not Path(PYTHON).exists():
     raise ImportError(f"no reference model at QBENCH_TOSA_PYTHON={PYTHON}. {tosa_reference.__doc__}")
 
-#: Cases that one process of the worker lowers and runs.
-_GROUP = 12
+#: Cases that the worker lowers together, and pairs of grids of which it asks the backend for a table.
+_GROUP = 16
+_TABLE_PAIRS = 512
 _BINARY = ("add", "sub", "mul")
 _LAYERS = ("linear", "conv1d", "conv2d", "depthwise", "conv_transpose2d")
 _TABLES = ("hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "leaky_relu")
 _PARAMETERS = {"leaky_relu": (0.01,)}
 OPS = (*_BINARY, "rescale", "average_pool", "global_average", "max_pool2d", *_LAYERS, "relu6", *_TABLES)
-#: A batch of table codes and of pairs: lowering costs more than running.
-_COPIES = 64
 
 Drawn = tuple[dict[str, Any], Tensor]
 
@@ -56,27 +55,36 @@ def _unary(form: str, source: Grid, out: Grid, codes: Tensor, **more: Any) -> di
 
 def _rescale(rng: np.random.Generator, op: str) -> Drawn:
     source, out = cases.unary_grids(rng)
-    codes = cases.all_codes().repeat(_COPIES, 1)
-    case = _unary("rescale", source, out, codes)
-    return case, torch.cat([ARITHMETIC.rescale(codes, source, out), codes])
+    codes = cases.all_codes()
+    return _unary("rescale", source, out, codes), torch.cat([ARITHMETIC.rescale(codes, source, out), codes])
 
 
-def _table(rng: np.random.Generator, op: str) -> Drawn:
+def _table_grids(rng: np.random.Generator) -> tuple[Grid, Grid]:
     source, out = cases.unary_grids(rng, low=-4.0, high=4.0)
     if rng.integers(4):  # the functions bend near zero
         source = source._replace(scale=cases.float32(2.0 ** rng.uniform(-7, -3)))
         out = out._replace(scale=cases.float32(2.0 ** rng.uniform(-9, -3)))
-    codes = cases.all_codes().repeat(_COPIES, 1)
-    table = ARITHMETIC.table(op, _PARAMETERS.get(op, ()), source, out)
-    form = "clamp" if op == "relu6" else "table"
-    return _unary(form, source, out, codes, function=op), table[codes.long() + 128]
+    return source, out
+
+
+def _table(rng: np.random.Generator, op: str) -> Drawn:
+    source, out = _table_grids(rng)
+    expected = ARITHMETIC.table(op, _PARAMETERS.get(op, ()), source, out)
+    return _unary("clamp" if op == "relu6" else "table", source, out, cases.all_codes(), function=op), expected
+
+
+def _tables(rng: np.random.Generator, op: str) -> Drawn:
+    """Many tables from the backend's own generator, without a graph around each."""
+    pairs = [_table_grids(rng) for _ in range(_TABLE_PAIRS)]
+    expected = torch.stack([ARITHMETIC.table(op, _PARAMETERS.get(op, ()), *pair) for pair in pairs])
+    return {"form": "tables", "function": op, "grids": [(tuple(a), tuple(b)) for a, b in pairs]}, expected
 
 
 def _average_pool(rng: np.random.Generator, op: str) -> Drawn:
     source, out = cases.unary_grids(rng, low=-4.0, high=4.0)
     out = source if rng.integers(2) else out
     height, width = (int(size) for size in rng.integers(6, 15, 2))
-    codes = cases.codes(rng, (1, 64, height, width))
+    codes = cases.codes(rng, (1, 512, height, width))
     if op == "global_average":
         sums = (codes.long() - source.zero_point).sum((2, 3), keepdim=True)
         expected = ARITHMETIC.global_average(sums, height * width, source, out)
@@ -128,11 +136,13 @@ _DRAW = {
 }
 
 
-def draw(op: str, seed: int) -> Iterator[Drawn]:
-    """Cases of an operation and our codes, without end."""
+def draw(op: str, seed: int) -> Iterator[list[Drawn]]:
+    """Groups of cases and our codes, without end; of a TABLE's group all but the first are tables alone."""
     rng = cases.generator(seed, TARGET, op)
+    yield [_DRAW[op](rng, op) for _ in range(_GROUP)]
+    function = _tables if op in _TABLES else _DRAW[op]
     while True:
-        yield _DRAW[op](rng, op)
+        yield [function(rng, op) for _ in range(_GROUP)]
 
 
 def runtime_codes(drawn: list[dict[str, Any]]) -> list[Tensor | str]:
@@ -155,7 +165,7 @@ def sweep(op: str, codes: int, seed: int) -> OpResult:
     tally, source, empty = Tally(), draw(op, seed), 0
     refused: dict[str, int] = {}
     while tally.compared < codes and empty < 4:
-        group = [next(source) for _ in range(_GROUP)]
+        group = next(source)
         before = tally.compared
         for (_, expected), found in zip(group, runtime_codes([case for case, _ in group]), strict=True):
             if isinstance(found, str):

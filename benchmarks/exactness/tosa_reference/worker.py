@@ -21,6 +21,8 @@ import torch  # noqa: E402
 import torch.ao.quantization.fx._decomposed  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import tosa_reference_model  # noqa: E402
+from executorch.backends.arm._passes.insert_table_ops import InsertTableOpsPass  # noqa: E402
+from executorch.backends.arm._passes.quant_args import QuantArgs  # noqa: E402
 from executorch.backends.arm.tosa.compile_spec import TosaCompileSpec  # noqa: E402
 from executorch.backends.arm.tosa.partitioner import TOSAPartitioner  # noqa: E402
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower  # noqa: E402
@@ -125,7 +127,7 @@ def clamp(case: Case, codes: Tensor) -> Tensor:
 
 
 def rescale(case: Case, codes: Tensor) -> Tensor:
-    """A part of a cat on another grid; the other part keeps the partition from being empty."""
+    """A part of a cat on another grid: a q after a dq alone is not delegated."""
     other = dequantize(codes, case["out"])
     joined = torch.cat([dequantize(rescaled(codes, case), case["out"]), other], 0)
     return quantize(joined, case["out"])
@@ -147,14 +149,30 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def lowered(case: Case) -> Any:
-    """The graph module with one TOSA delegate.
+class Group(nn.Module):
+    """Cases side by side, each with inputs of its own: lowering costs more than running."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        super().__init__()
+        self.counts = [len(case["inputs"]) for case in cases]
+        self.forms = nn.ModuleList(Layer(case) if case["form"] == "layer" else Form(case) for case in cases)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The codes of each case."""
+        left = iter(inputs)
+        pairs = zip(self.forms, self.counts, strict=True)
+        return tuple(form(*[next(left) for _ in range(count)]) for form, count in pairs)
+
+
+def lowered(cases: list[Case]) -> Any:
+    """The exported program of some cases, all of it in one TOSA delegate.
 
     Raises:
         ValueError: a part of the program stayed outside.
     """
-    module = Layer(case) if case["form"] == "layer" else Form(case)
-    program = torch.export.export(module.eval(), tuple(case["inputs"]), strict=False)
+    # One tensor twice would become one input.
+    inputs = tuple(tensor.clone() for case in cases for tensor in case["inputs"])
+    program = torch.export.export(Group(cases).eval(), inputs, strict=False)
     for node in program.graph.nodes:
         if node.op == "call_function" and "quantize" not in str(node.target):
             node.meta.setdefault("custom", {})["_arm_annotation_info"] = {"quantized": True}
@@ -162,34 +180,54 @@ def lowered(case: Case) -> Any:
         program,
         partitioner=[TOSAPartitioner(TosaCompileSpec("TOSA-1.0+INT"))],
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
-    )
-    found = edge.exported_program().graph_module
-    inside = ("executorch_call_delegate", "getitem")
-    calls = [str(node.target) for node in found.graph.nodes if node.op == "call_function"]
-    outside = [name for name in calls if not any(word in name for word in inside)]
-    delegates = [child for _, child in found.named_children()]
-    if outside or len(delegates) != 1:
-        raise ValueError(f"{len(delegates)} delegates, outside of them {len(outside)} operators")
-    return delegates[0]
+    ).exported_program()
+    calls = [str(node.target) for node in edge.graph.nodes if node.op == "call_function"]
+    outside = [name for name in calls if not ("executorch_call_delegate" in name or "getitem" in name)]
+    delegates = len(list(edge.graph_module.named_children()))
+    if outside or delegates != 1:
+        raise ValueError(f"{delegates} delegates, outside of them {len(outside)} operators")
+    return edge
 
 
-def codes_of(case: Case) -> Tensor | str:
-    """What the reference model computes, or why there is nothing."""
-    try:
-        graph = lowered(case).processed_bytes
-    except Exception as error:  # the backend raises whatever it comes across
-        return f"not lowered: {type(error).__name__}: {str(error)[:160]}"
-    outputs, status = tosa_reference_model.run(graph, [tensor.numpy() for tensor in case["inputs"]], verbosity="NONE")
+def run(edge: Any, cases: list[Case]) -> list[Tensor]:
+    """Codes of the cases; the delegate may order its inputs and outputs as it likes."""
+    inputs = [tensor for case in cases for tensor in case["inputs"]]
+    by_name = dict(zip(edge.graph_signature.user_inputs, inputs, strict=True))
+    (call,) = [node for node in edge.graph.nodes if "executorch_call_delegate" in str(node.target)]
+    given = [by_name[node.name].numpy() for node in call.args[1:]]
+    (delegate,) = [child for _, child in edge.graph_module.named_children()]
+    outputs, status = tosa_reference_model.run(delegate.processed_bytes, given, verbosity="NONE")
     if status != tosa_reference_model.GraphStatus.TOSA_VALID:
-        return f"not valid: {status}"
-    return torch.from_numpy(np.ascontiguousarray(outputs[0]))
+        raise ValueError(f"the model says {status}")
+    (results,) = [node.args[0] for node in edge.graph.nodes if node.op == "output"]
+    return [torch.from_numpy(np.ascontiguousarray(outputs[node.args[1]])) for node in results]
+
+
+def codes_of(cases: list[Case]) -> list[Tensor | str]:
+    """What the reference model computes for each case, or why there is nothing."""
+    try:
+        return list(run(lowered(cases), cases))
+    except Exception as error:  # the backend raises whatever it comes across
+        if len(cases) == 1:
+            return [f"{type(error).__name__}: {str(error)[:160]}"]
+        half = len(cases) // 2
+        return codes_of(cases[:half]) + codes_of(cases[half:])
+
+
+def tables_of(case: Case) -> Tensor:
+    """The tables that the backend puts into TABLE, one for each pair of grids, (pairs, 256)."""
+    maker = InsertTableOpsPass.__new__(InsertTableOpsPass)
+    function = FUNCTIONS[case["function"]]
+    made = [maker.generate_8bit_table_values(function, QuantArgs(*a), QuantArgs(*b))[0] for a, b in case["grids"]]
+    return torch.stack(made)
 
 
 def main(folder: Path) -> None:
     """Run every case of a folder."""
     torch.set_num_threads(1)
     cases = torch.load(folder / "cases.pt", weights_only=False)
-    torch.save([codes_of(case) for case in cases], folder / "codes.pt")
+    found = [tables_of(case) for case in cases] if cases[0]["form"] == "tables" else codes_of(cases)
+    torch.save(found, folder / "codes.pt")
 
 
 if __name__ == "__main__":
