@@ -274,7 +274,8 @@ def _ablation_row(figure: Figure, y: float, one: dict[str, Any]) -> None:
     share = 100 * one["blind"]["changed"]["mean"]
     bar = f'x="250" y="{y - 6}" width="{12 * share:.1f}" height="12"'
     figure.parts.append(f'<rect {bar} fill="{EDGE["error"]}" opacity="0.7"/>')
-    figure.text(256 + 12 * share, y + 4.5, f"{share:.2f} %" if share >= 0.005 else "0", anchor="start", size=12)
+    label = f"{share:.2f} %" if share >= 0.01 else "under 0.01 %" if share else "0"
+    figure.text(256 + 12 * share, y + 4.5, label, anchor="start", size=12)
     paired = one["paired"]["top1"]
     for value in paired["each"]:
         x = _points(100 * value)
