@@ -28,11 +28,12 @@ from qbench.graph.edit import insert_call, module_path
 from qbench.graph.layers import Layer, output_scales, read_layer, weight_scales
 from qbench.graph.qdq import quantized_decomposed
 from qbench.graph.scale_preserving import grid_source
+from qbench.numerics.arithmetic.xnnpack import ARITHMETIC
 
 aten = torch.ops.aten
 
 #: XNNPACK takes no layer whose s_in·s_w / s_out reaches this.
-LARGEST_RATIO = 256.0
+LARGEST_RATIO = ARITHMETIC.limits["requantize"].high
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from qbench.passes import FusionReport, fuse_qdq, quantize_bias
 
 
-def integer_codes(layer: Layer, x: Tensor, low: int = -128, high: int = 127) -> np.ndarray:
-    """Codes of the output by exact sums in float64 and one float32 multiplier a channel: RQ of the facts."""
+def integer_codes(layer: Layer, x: Tensor, low: int = -128, high: int = 127, fixed_point: bool = False) -> np.ndarray:
+    """Codes by exact sums in float64 and one multiplier a channel: float32, or 31 bits and a shift."""
     scale, zero = np.float32(INPUT[0]), INPUT[1]
     x_codes = OPS.quantize_per_tensor.default(x, *INPUT).double() - zero
     scales = layer.weight.scales.numpy() if layer.weight.axis is not None else layer.weight.scales.numpy()[:1]
@@ -27,10 +27,26 @@ def integer_codes(layer: Layer, x: Tensor, low: int = -128, high: int = 127) -> 
         bias = torch.from_numpy(np.rint(layer.bias.detach().double().numpy() / step.astype(np.float64)))
         acc = layer.call(x_codes, layer.weight.codes.double(), bias)
     multiplier = (step / np.float32(OUTPUT[0])).astype(np.float32)
+    if fixed_point:
+        ratios = np.float64(scale) * np.resize(scales, step.size).astype(np.float64) / np.float64(np.float32(OUTPUT[0]))
+        rescaled = _rescale(np.moveaxis(acc.numpy().astype(np.int64), axis, -1), ratios)
+        return np.clip(np.moveaxis(rescaled, -1, axis) + OUTPUT[1], low, high)
     shape = [1] * acc.ndim
     shape[axis] = -1
     scaled = np.rint(acc.numpy().astype(np.float32) * multiplier.reshape(shape)) + OUTPUT[1]
     return np.clip(scaled, low, high).astype(np.int64)
+
+
+def _rescale(values: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+    """TOSA's RESCALE in Python's integers; channels last."""
+    result = np.empty(values.shape, dtype=np.int64)
+    for channel, ratio in enumerate(ratios):
+        mantissa, exponent = np.frexp(ratio)
+        multiplier, shift = int(np.rint(mantissa * 2**31)), 31 - int(exponent)
+        for index in np.ndindex(*values.shape[:-1]):
+            place = (*index, channel)
+            result[place] = (int(values[place]) * multiplier + (1 << (shift - 1))) >> shift
+    return result
 
 
 def codes_of(values: Tensor) -> np.ndarray:
@@ -47,9 +63,11 @@ def calls(program: Any) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
-def _targets(name: str) -> str:
-    """A target that computes this layer in integers: the two share one rule for them, and their sums are ours."""
-    return "xnnpack" if "transpose" in name else "onnxruntime"
+def _target(name: str) -> str:
+    """A target that computes this layer in integers."""
+    if name in ("conv_transpose1d", "conv_transpose2d"):
+        return "xnnpack"
+    return "tosa" if "transpose" in name else "onnxruntime"
 
 
 @pytest.mark.parametrize("per_tensor", [False, True], ids=["per channel", "per tensor"])
@@ -58,11 +76,11 @@ def _targets(name: str) -> str:
 def test_codes_are_those_of_the_reference(name: str, bias: bool, per_tensor: bool) -> None:
     torch.manual_seed(1)
     layer, x = make_layer(name, per_tensor=per_tensor, bias=bias)
-    program, report = fused(layer, x, target=_targets(name))
+    program, report = fused(layer, x, target=_target(name))
     assert report.by_rule.keys() == {"boundary", "linear" if "linear" in name else "convolution"}, str(report)
     assert report.integer and not report.missed
     assert not [call for call in calls(program) if call.startswith("aten") or ".quantize_per" in call]
-    wanted = integer_codes(layer, x)
+    wanted = integer_codes(layer, x, fixed_point=_target(name) == "tosa")
     assert int((codes_of(program.module()(x)) != wanted).sum()) == 0
     assert np.unique(wanted).size > min(20, wanted.size // 2)
 
@@ -86,10 +104,27 @@ def test_clamps_become_limits_of_the_codes(clamp: str) -> None:
     assert int((codes_of(program.module()(x)) != integer_codes(plain, x, low, high)).sum()) == 0
 
 
-def test_a_layer_that_the_runtime_computes_in_float_stays_in_float() -> None:
-    layer, x = make_layer("conv_transpose2d")
-    _, report = fused(layer, x, target="onnxruntime")
-    assert not report.integer and "ConvTranspose" in str(report)
+@pytest.mark.parametrize(
+    ("name", "target", "reason"),
+    [
+        ("conv_transpose2d", "onnxruntime", "ConvTranspose"),
+        ("conv3d", "xnnpack", "no convolution of three dimensions"),
+        ("conv_transpose2d grouped", "xnnpack", "with groups"),
+    ],
+)
+def test_a_layer_that_the_runtime_computes_in_float_stays_in_float(name: str, target: str, reason: str) -> None:
+    layer, x = make_layer(name)
+    _, report = fused(layer, x, target=target)
+    assert not report.integer and reason in str(report)
+
+
+def test_a_ratio_that_the_runtime_does_not_take_is_refused() -> None:
+    layer, x = make_layer("conv2d")
+    layer.weight.scales *= 0
+    layer.weight.scales += 256 * OUTPUT[0] / INPUT[0] * 1.001
+    _, report = fused(layer, x, target="xnnpack")
+    assert "s_in·s_w / s_out is 256.3, and xnnpack takes 0 up to 256" in str(report)
+    assert fused(layer, x, target="onnxruntime")[1].integer
 
 
 def test_a_second_run_changes_nothing() -> None:

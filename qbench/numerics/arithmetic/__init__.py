@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from qbench.numerics.arithmetic.base import Arithmetic, Grid, Window
+from qbench.numerics.arithmetic.base import Arithmetic, Grid, Limit, Window
 
-__all__ = ["Arithmetic", "Grid", "Window"]
+__all__ = ["Arithmetic", "Grid", "Limit", "Window"]

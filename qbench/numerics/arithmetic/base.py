@@ -57,6 +57,14 @@ class Window(NamedTuple):
     divisor: int | None = None
 
 
+class Limit(NamedTuple):
+    """The scale ratios that an operation of a runtime takes: `low <= ratio < high`; `ratio` says of what, in words."""
+
+    ratio: str
+    low: float
+    high: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
     """How one target computes each operation on codes.
@@ -77,6 +85,7 @@ class Arithmetic:
         table: (function, parameters, grid, out) -> (256,) codes by input code − lowest code of the input's dtype.
             Functions and parameters are those of `qbench.numerics.arithmetic.functions.FUNCTIONS`.
         shared_max_pool: Whether a max pool needs equal grids at both ends (else it is rescaled behind it).
+        limits: Operation -> ratios of scales that the runtime takes; beyond them it fails or computes in float.
         inexact: Operation -> why the target's own result is not reproduced; what a refusal says.
     """
 
@@ -91,6 +100,7 @@ class Arithmetic:
     rescale: Callable[[Tensor, Grid, Grid], Tensor] | None = None
     table: Callable[[str, Sequence[float], Grid, Grid], Tensor] | None = None
     shared_max_pool: bool = True
+    limits: Mapping[str, Limit] = dataclasses.field(default_factory=dict, hash=False)
     inexact: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
 

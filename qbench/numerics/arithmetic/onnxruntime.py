@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qbench.errors import NumericsError
-from qbench.numerics.arithmetic.base import Arithmetic, Grid, Window, dequantize_codes, saturate
+from qbench.numerics.arithmetic.base import Arithmetic, Grid, Limit, Window, dequantize_codes, saturate
 from qbench.numerics.arithmetic.float_steps import fma
 from qbench.numerics.arithmetic.mlas_functions import STEPS
 
@@ -99,6 +99,10 @@ def mul(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, out: Grid) -> Tensor:
     return codes.sub_(stored.zero_point - out.zero_point).clamp_(out.qmin, out.qmax).to(out.dtype)
 
 
+# What QLinearGlobalAveragePool checks while it runs.
+_AVERAGES = Limit("s / (s_out · count)", 2.0**-32, 256.0)
+
+
 def global_average(sums: Tensor, count: int, grid: Grid, out: Grid) -> Tensor:
     """QLinearGlobalAveragePool.
 
@@ -107,7 +111,7 @@ def global_average(sums: Tensor, count: int, grid: Grid, out: Grid) -> Tensor:
     """
     step = _tensor(out.scale, sums) * _tensor(float(count), sums)
     ratio = _tensor(grid.scale, sums) / step
-    if not 2.0**-32 <= float(ratio) < 256.0:
+    if not _AVERAGES.low <= float(ratio) < _AVERAGES.high:
         raise NumericsError(
             f"a mean of {count} codes of scale {grid.scale} on an output scale of {out.scale} has the ratio "
             f"{float(ratio):g}; ONNX Runtime averages from 2**-32 to below 256: calibrate the output's quantizer again"
@@ -208,5 +212,6 @@ ARITHMETIC = Arithmetic(
     average_pool=average_pool,
     rescale=rescale,
     table=table,
+    limits={"global_average": _AVERAGES},
     inexact={"conv_transpose": _NO_KERNEL},
 )

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qbench.numerics.arithmetic.base import Arithmetic, Grid, dequantize_codes, saturate
+from qbench.numerics.arithmetic.base import Arithmetic, Grid, Limit, dequantize_codes, saturate
 from qbench.numerics.arithmetic.float_steps import float32
 from qbench.numerics.arithmetic.onnxruntime import requantize
 from qbench.numerics.arithmetic.xnnpack_functions import STEPS
@@ -98,8 +98,12 @@ ARITHMETIC = Arithmetic(
     global_average=global_average,
     rescale=rescale,
     table=table,
+    limits={"requantize": Limit("s_in·s_w / s_out", 0.0, 256.0)},
     inexact={
-        "average_pool": "XNNPACK sums a window in float, in an order of its own: 902 of 508,160 codes are others than by "
+        "conv3d": "the delegate takes no convolution of three dimensions, so it runs in float",
+        "conv_transpose3d": "the delegate takes no convolution of three dimensions, so it runs in float",
+        "conv_transpose_grouped": "the delegate takes no transposed convolution with groups and a scale per channel",
+        "average_pool": "XNNPACK sums a window in float, in its own order: 902 of 508,160 codes are others than by "
         "PyTorch's float steps",
         "gelu_tanh": "XNNPACK takes it for the other GELU; to_executorch writes it out in float operators",
     },

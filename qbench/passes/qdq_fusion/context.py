@@ -68,23 +68,35 @@ class FusionContext:
         assert self.target.arithmetic is not None
         return self.target.arithmetic
 
-    def function(self, operation: str, *, note: str | None = None) -> Callable[..., Any]:
+    def function(self, operation: str, *notes: str) -> Callable[..., Any]:
         """The target's function for an operation.
 
         Args:
             operation: A field of `Arithmetic`.
-            note: Key of `Arithmetic.inexact` to look at too, `"hardswish"` for a table.
+            notes: Keys of `Arithmetic.inexact` to look at too, `"hardswish"` for a table.
 
         Raises:
             Refused: the target has none, or says that its own result is not reproduced.
         """
-        for key in (note or operation, operation):
+        for key in (*notes, operation):
             if key in self.arithmetic.inexact:
                 raise Refused(f"{self.target.name}: {self.arithmetic.inexact[key]}")
         function = getattr(self.arithmetic, operation)
         if function is None:
-            raise Refused(f"target {self.target.name} states no integer arithmetic for {note or operation}")
+            raise Refused(f"target {self.target.name} states no integer arithmetic for {(*notes, operation)[0]}")
         return function
+
+    def check_ratio(self, operation: str, ratio: float) -> None:
+        """Refuse a ratio of scales that the target's runtime does not take on codes.
+
+        Raises:
+            Refused: it lies outside the limits of the operation.
+        """
+        limit = self.arithmetic.limits.get(operation)
+        if limit is not None and not limit.low <= ratio < limit.high:
+            raise Refused(
+                f"{limit.ratio} is {ratio:.4g}, and {self.target.name} takes {limit.low:.4g} up to {limit.high:.4g}"
+            )
 
     def codes(self, value: object, name: str = "input") -> Codes:
         """The codes that an argument of the anchor dequantizes.

@@ -68,7 +68,7 @@ class CatRule(Rule[FusionContext, FusedCall]):
         ]
         results = context.results(node)
         if any(part.grid[:2] != result.grid[:2] for part in parts for result in results):
-            context.function("rescale", note="cat")
+            context.function("rescale", "cat")
         arguments = (
             [part.node for part in parts],
             [part.grid.scale for part in parts],

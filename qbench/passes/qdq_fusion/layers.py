@@ -51,10 +51,12 @@ class LayerRule(Rule[FusionContext, FusedLayer]):
         weight, views = _stored_weight(layer.weight, context)
         shape = _weight_shape(layer, weight, context)
         operator, geometry = self.operation(layer, shape)
-        context.function("requantize", note=_kind(layer, shape))
+        context.function("requantize", *_kinds(layer, shape))
         scales = _scales(layer, context)
         input = context.codes(layer.input)
         results = context.results(node)
+        for result in results:
+            context.check_ratio("requantize", input.grid.scale * float(scales.max()) / result.grid.scale)
         bias = _bias_codes(layer, input, scales, context)
         return FusedLayer(layer, input, weight, views, scales, bias, results, operator, geometry)
 
@@ -112,11 +114,12 @@ class ConvolutionRule(LayerRule):
         return operator, (stride, padding, extra, layer.groups, dilation)
 
 
-def _kind(layer: Layer, shape: Sequence[int]) -> str:
-    """What `Arithmetic.inexact` calls the layer: `conv_transpose`, `conv3d`, …"""
+def _kinds(layer: Layer, shape: Sequence[int]) -> tuple[str, ...]:
+    """What `Arithmetic.inexact` may call the layer: `conv_transpose`, `conv3d` and the like."""
     if layer.transposed:
-        return "conv_transpose"
-    return f"conv{len(shape) - 2}d" if len(shape) > 2 else "linear"
+        grouped = ("conv_transpose_grouped",) if layer.groups > 1 else ()
+        return ("conv_transpose", f"conv_transpose{len(shape) - 2}d", *grouped)
+    return (f"conv{len(shape) - 2}d" if len(shape) > 2 else "linear",)
 
 
 def _sizes(value: Any, dims: int) -> list[int]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,12 @@ class AverageRule(Rule[FusionContext, FusedCall]):
             call = _pool(input, _window(node), context)
         else:
             call = _adaptive(node, input, context)
-        return FusedCall(*call, context.results(node))
+        results = context.results(node)
+        if call[0] is torch.ops.qbench.global_avg_pool_q8ta_q8to.default:
+            sizes = [size for size in _shape(node)[2:] if isinstance(size, int)]  # a size that may change is taken as 1
+            for result in results:
+                context.check_ratio("global_average", input.grid.scale / (result.grid.scale * math.prod(sizes)))
+        return FusedCall(*call, results)
 
     def rewrite(self, found: FusedCall, context: FusionContext) -> Sequence[fx.Node]:
         """See `Rule.rewrite`."""

@@ -46,7 +46,7 @@ class UnaryRule(Rule[FusionContext, FusedFunction]):
     def match(self, node: fx.Node, context: FusionContext) -> FusedFunction:
         """See `Rule.match`."""
         name, parameters = read_function(node)
-        table = context.function("table", note=name)
+        table = context.function("table", name)
         input = context.codes(node.args[0])
         results = context.results(node)
         tables = [(result, table(name, parameters, input.grid, result.grid)) for result in results]
