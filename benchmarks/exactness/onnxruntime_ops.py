@@ -14,17 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.exactness import cases
 from benchmarks.exactness.onnx_graphs import OnnxFile, pads
+from benchmarks.exactness.operators import Operators
 from benchmarks.exactness.results import OpResult, Tally
 from qbench.graph.qdq import quantized_decomposed
 from qbench.numerics.arithmetic import Window
-from qbench.numerics.arithmetic import onnxruntime as arithmetic
 from qbench.numerics.arithmetic.functions import FUNCTIONS
 
 TARGET = "onnxruntime"
+OURS = Operators(TARGET)
 
 
 class Part(NamedTuple):
@@ -73,7 +73,7 @@ def sweep(op: str, codes: int, seed: int) -> OpResult:
 def _quantize(file: OnnxFile, rng: np.random.Generator) -> Part:
     out = cases.grid(rng)
     x = cases.floats(rng, 4096, out)
-    return Part(file.quantize(file.input(x), out), arithmetic.quantize(x, out))
+    return Part(file.quantize(file.input(x), out), OURS.quantize(x, out))
 
 
 def _layer(file: OnnxFile, rng: np.random.Generator, name: str, clamped: bool = False) -> Part:
@@ -85,11 +85,7 @@ def _layer(file: OnnxFile, rng: np.random.Generator, name: str, clamped: bool = 
     if clamped:
         low, high = sorted(rng.integers(-128, 128, 2).tolist())
         data = dataclasses.replace(data, out=data.out._replace(qmin=low, qmax=high))
-    scales = data.spread_channels(data.bias_scales)
-    return Part(
-        file.quantize(_float_layer(file, data), data.out),
-        arithmetic.requantize(cases.accumulate(data), scales, data.out),
-    )
+    return Part(file.quantize(_float_layer(file, data), data.out), OURS.layer(data))
 
 
 def _float_layer(file: OnnxFile, data: cases.LayerData) -> str:
@@ -106,7 +102,6 @@ def _float_layer(file: OnnxFile, data: cases.LayerData) -> str:
     return file.node("ConvTranspose", x, weight, bias, output_padding=of.output_padding, **options)
 
 
-_BINARY = {"Add": arithmetic.add, "Sub": arithmetic.sub, "Mul": arithmetic.mul}
 #: Shapes that broadcast: gates, biases, runs that begin with the shorter operand, odd tails, ranks that differ.
 _SHAPES = (
     ((2, 24, 9, 9), (2, 24, 1, 1)),
@@ -133,18 +128,19 @@ def _binary(file: OnnxFile, rng: np.random.Generator, op: str, broadcast: bool) 
         drawn = torch.from_numpy(rng.permutation(256 * 256)[:10007])
         a, b = (codes.reshape(-1)[drawn] for codes in pairs)
     x, y = file.dequantize(file.input(a), a_grid), file.dequantize(file.input(b), b_grid)
-    return Part(file.quantize(file.node(op, x, y), out), _BINARY[op](a, a_grid, b, b_grid, out))
+    return Part(file.quantize(file.node(op, x, y), out), OURS.binary(op.lower(), a, a_grid, b, b_grid, out))
 
 
 def _cat(file: OnnxFile, rng: np.random.Generator) -> Part:
     out = cases.grid(rng)
-    names, parts = [], []
+    names, parts, grids = [], [], []
     for _ in range(3):
         grid = cases.grid(rng, of_scale=cases.float32(out.scale * cases.scale_ratio(rng, -6.0, 4.0)))
         codes = cases.codes(rng, (4, int(rng.integers(1, 9)), 5, 11))
         names.append(file.dequantize(file.input(codes), grid))
-        parts.append(arithmetic.rescale(codes, grid, out))
-    return Part(file.quantize(file.node("Concat", *names, axis=1), out), torch.cat(parts, 1))
+        parts.append(codes)
+        grids.append(grid)
+    return Part(file.quantize(file.node("Concat", *names, axis=1), out), OURS.cat(parts, grids, 1, out))
 
 
 def _rescale(file: OnnxFile, rng: np.random.Generator) -> Part:
@@ -152,8 +148,7 @@ def _rescale(file: OnnxFile, rng: np.random.Generator) -> Part:
     while grid == out:  # ONNX Runtime leaves both ops out.
         grid, out = cases.unary_grids(rng)
     codes = cases.all_codes()
-    expected = arithmetic.rescale(codes, grid, out)
-    return Part(file.quantize(file.dequantize(file.input(codes), grid), out), expected)
+    return Part(file.quantize(file.dequantize(file.input(codes), grid), out), OURS.rescale(codes, grid, out))
 
 
 def _global_average(file: OnnxFile, rng: np.random.Generator) -> Part:
@@ -161,11 +156,8 @@ def _global_average(file: OnnxFile, rng: np.random.Generator) -> Part:
     grid, out = cases.unary_grids(rng, low=-16.0)
     sizes = ((7, 7), (1, 1), (14, 9), (31,), (3, 4, 5), (56, 56), (2, 2))[rng.integers(7)]
     codes = cases.codes(rng, (8, 64 if len(sizes) < 2 or sizes[0] < 50 else 4, *sizes))
-    dims = tuple(range(2, codes.ndim))
-    sums = (codes.to(torch.int64) - grid.zero_point).sum(dims, keepdim=True)
     x = file.dequantize(file.input(codes), grid)
-    expected = arithmetic.global_average(sums, int(np.prod(sizes)), grid, out)
-    return Part(file.quantize(file.node("GlobalAveragePool", x), out), expected)
+    return Part(file.quantize(file.node("GlobalAveragePool", x), out), OURS.global_average(codes, grid, out))
 
 
 #: (height, width), kernel, stride, padding: Inception's, GoogLeNet's, DenseNet's and ShuffleNet's, odd ones, and one
@@ -196,7 +188,7 @@ def _average_pool(file: OnnxFile, rng: np.random.Generator) -> Part:
         ceil_mode=int(window.ceil_mode),
         count_include_pad=int(window.count_include_pad),
     )
-    return Part(file.quantize(pooled, out), arithmetic.average_pool(codes, grid, out, window))
+    return Part(file.quantize(pooled, out), OURS.average_pool(codes, grid, out, window))
 
 
 def _max_pool(file: OnnxFile, rng: np.random.Generator) -> Part:
@@ -207,8 +199,7 @@ def _max_pool(file: OnnxFile, rng: np.random.Generator) -> Part:
     pooled = file.node(
         "MaxPool", x, kernel_shape=(3, 3), strides=(2, 2), pads=pads((1, 1)), ceil_mode=int(ceil_mode)
     )  # fmt: skip
-    expected = F.max_pool2d(codes.to(torch.float32), 3, 2, 1, ceil_mode=ceil_mode).to(codes.dtype)
-    return Part(file.quantize(pooled, grid), expected)
+    return Part(file.quantize(pooled, grid), OURS.max_pool(codes, (3, 3), (2, 2), (1, 1), ceil_mode))
 
 
 def _chain(file: OnnxFile, x: str, name: str, parameters: tuple[float, ...], opset: int) -> str:
@@ -243,9 +234,8 @@ def _unary(file: OnnxFile, rng: np.random.Generator, name: str, opset: int) -> P
     grid = cases.grid(rng, of_scale=cases.scale_ratio(rng, -9.0, 0.0))
     out = cases.grid(rng, of_scale=cases.float32(grid.scale / ratio))
     parameters = (cases.float32(rng.choice([0.01, 0.1, 0.2, 0.25])),) if name == "leaky_relu" else ()
-    codes = cases.all_codes()
-    x = file.dequantize(file.input(codes), grid)
-    expected = arithmetic.table(name, parameters, grid, out)
+    x = file.dequantize(file.input(cases.all_codes()), grid)
+    expected = OURS.function(name, parameters, grid, out)
     if name == "relu6":
         # Two codes by the program's own quantize op, as `to_onnx` puts them into the clip.
         low, high = quantized_decomposed().quantize_per_tensor.default(torch.tensor([0.0, 6.0]), *out).tolist()

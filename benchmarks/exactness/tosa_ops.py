@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.exactness import cases, tosa_reference
+from benchmarks.exactness.operators import Operators
 from benchmarks.exactness.results import OpResult, Tally
 from qbench.numerics.arithmetic import Grid, Window
-from qbench.numerics.arithmetic.fixed_point import ARITHMETIC, multiplier_and_shift
+from qbench.numerics.arithmetic.fixed_point import multiplier_and_shift
 
 TARGET = "tosa"
+OURS = Operators(TARGET)
 PYTHON = os.environ.get("QBENCH_TOSA_PYTHON", "runs/tosa/bin/python")
 if not Path(PYTHON).exists():
     raise ImportError(f"no reference model at QBENCH_TOSA_PYTHON={PYTHON}. {tosa_reference.__doc__}")
@@ -46,7 +47,7 @@ def _binary(rng: np.random.Generator, op: str) -> Drawn:
         b_grid = b_grid._replace(scale=cases.float32(b_grid.scale / out.scale))
     a, b = cases.all_pairs()
     case = {"form": "binary", "function": op, "a": tuple(a_grid), "b": tuple(b_grid), "out": tuple(out)}
-    return {**case, "inputs": [a, b]}, getattr(ARITHMETIC, op)(a, a_grid, b, b_grid, out)
+    return {**case, "inputs": [a, b]}, OURS.binary(op, a, a_grid, b, b_grid, out)
 
 
 def _unary(form: str, source: Grid, out: Grid, codes: Tensor, **more: Any) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _unary(form: str, source: Grid, out: Grid, codes: Tensor, **more: Any) -> di
 def _rescale(rng: np.random.Generator, op: str) -> Drawn:
     source, out = cases.unary_grids(rng)
     codes = cases.all_codes()
-    return _unary("rescale", source, out, codes), torch.cat([ARITHMETIC.rescale(codes, source, out), codes])
+    return _unary("rescale", source, out, codes), torch.cat([OURS.rescale(codes, source, out), codes])
 
 
 def _table_grids(rng: np.random.Generator) -> tuple[Grid, Grid]:
@@ -69,14 +70,14 @@ def _table_grids(rng: np.random.Generator) -> tuple[Grid, Grid]:
 
 def _table(rng: np.random.Generator, op: str) -> Drawn:
     source, out = _table_grids(rng)
-    expected = ARITHMETIC.table(op, _PARAMETERS.get(op, ()), source, out)
+    expected = OURS.function(op, _PARAMETERS.get(op, ()), source, out)
     return _unary("clamp" if op == "relu6" else "table", source, out, cases.all_codes(), function=op), expected
 
 
 def _tables(rng: np.random.Generator, op: str) -> Drawn:
     """Many tables from the backend's own generator, without a graph around each."""
     pairs = [_table_grids(rng) for _ in range(_TABLE_PAIRS)]
-    expected = torch.stack([ARITHMETIC.table(op, _PARAMETERS.get(op, ()), *pair) for pair in pairs])
+    expected = torch.stack([OURS.function(op, _PARAMETERS.get(op, ()), *pair) for pair in pairs])
     return {"form": "tables", "function": op, "grids": [(tuple(a), tuple(b)) for a, b in pairs]}, expected
 
 
@@ -86,15 +87,14 @@ def _average_pool(rng: np.random.Generator, op: str) -> Drawn:
     height, width = (int(size) for size in rng.integers(6, 15, 2))
     codes = cases.codes(rng, (1, 512, height, width))
     if op == "global_average":
-        sums = (codes.long() - source.zero_point).sum((2, 3), keepdim=True)
-        expected = ARITHMETIC.global_average(sums, height * width, source, out)
+        expected = OURS.global_average(codes, source, out)
         return _unary("average_pool", source, out, codes, window=([height, width],)), expected
     kernel, stride = (int(n) for n in rng.integers(1, 5, 2))
     padding = int(rng.integers(0, kernel // 2 + 1))
     include = bool(rng.integers(2))
     window = Window((kernel, kernel), (stride, stride), (padding, padding), bool(rng.integers(2)), include)
     spelled = ([kernel, kernel], [stride, stride], [padding, padding], window.ceil_mode, include)
-    expected = ARITHMETIC.average_pool(codes, source, out, window)
+    expected = OURS.average_pool(codes, source, out, window)
     return _unary("average_pool", source, out, codes, window=spelled), expected
 
 
@@ -102,8 +102,7 @@ def _max_pool(rng: np.random.Generator, op: str) -> Drawn:
     grid = cases.grid(rng)
     codes = cases.codes(rng, (1, 64, 24, 24))
     window = [([2, 2], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1]), ([3, 3], [1, 1], [1, 1])][rng.integers(3)]
-    expected = F.max_pool2d(codes.to(torch.float32), *window).to(torch.int8)
-    return _unary("max_pool", grid, grid, codes, window=window), expected
+    return _unary("max_pool", grid, grid, codes, window=window), OURS.max_pool(codes, *window)
 
 
 def _layer(rng: np.random.Generator, op: str) -> Drawn:
@@ -121,8 +120,7 @@ def _layer(rng: np.random.Generator, op: str) -> Drawn:
     names = ("dims", "stride", "padding", "output_padding", "dilation", "groups", "transposed")
     case = {name: getattr(of, name) for name in names}
     case.update(weight=data.weight, weight_scales=data.weight_scales, bias=data.bias, bias_scales=data.bias_scales)
-    expected = ARITHMETIC.requantize(acc, data.spread_channels(product), data.out)
-    return _unary("layer", data.source, data.out, data.codes, **case), expected
+    return _unary("layer", data.source, data.out, data.codes, **case), OURS.layer(data)
 
 
 _DRAW = {

@@ -85,7 +85,7 @@ CASES: dict[str, nn.Module] = {
     "view before a linear": After(lambda x: x.flatten(1), (5, 648)),
     "linear on 4 dims": After(lambda x: x, (5, 9)),
     "linear on 4 dims, relu": After(lambda x: x.permute(0, 2, 3, 1), (5, 8), activation=F.relu),
-    "linear on 1 dim": After(lambda x: x.flatten(), (5, 1296)),
+    "linear on 1 dim": After(lambda x: x.flatten(), (24, 1296)),
     "max pool before a conv": After(lambda x: F.max_pool2d(x, 2), (5, 8, 3, 3)),
     "relu before a conv": After(F.relu, (5, 8, 3, 3)),
     "zero pad before a conv": After(lambda x: F.pad(x, (1, 1, 1, 1)), (5, 8, 3, 3)),

@@ -29,21 +29,16 @@ def test_no_code_of_any_operation_differs_from_the_runtime() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in xnnpack_ops.OPS if op not in FUNCTIONS and op != "rescale"])
-def test_no_code_of_a_million_differs_from_the_runtime(op: str) -> None:
-    found = xnnpack_ops.sweep(op, 1_000_000, seed=2)
-    assert found.compared >= 1_000_000 and found.different == 0, found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("op", [*FUNCTIONS.keys() & set(xnnpack_ops.OPS), "rescale"])
-def test_no_table_differs_from_the_runtime(op: str) -> None:
-    found = xnnpack_ops.sweep(op, 100_000, seed=2)
-    assert found.compared >= 100_000 and found.different == 0, found
+@pytest.mark.parametrize("op", xnnpack_ops.OPS)
+def test_no_code_of_many_differs_from_the_runtime(op: str) -> None:
+    # A lowering takes a second and gives 6,144 codes of these two.
+    codes = 100_000 if op in ("relu6", "rescale") else 1_000_000
+    found = xnnpack_ops.sweep(op, codes, seed=2)
+    assert found.compared >= codes and found.different == 0, found
 
 
 def test_every_function_has_steps_of_the_runtime_or_a_reason() -> None:
-    assert set(STEPS) | set(xnnpack.ARITHMETIC.inexact) == set(FUNCTIONS)
+    assert set(STEPS) | set(xnnpack.ARITHMETIC.inexact) >= set(FUNCTIONS)
     assert not set(STEPS) & set(xnnpack.ARITHMETIC.inexact)
 
 
