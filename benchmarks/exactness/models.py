@@ -66,6 +66,7 @@ def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int)
         pixels, labels = next(loader)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model.train()(pixels), labels).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 50.0)  # ResNet-50 diverges without
         optimizer.step()
     observe_again(model, [next(loader)[0], next(loader)[0]])
     return model.eval(), held_out
