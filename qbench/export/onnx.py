@@ -1,7 +1,7 @@
 """From a Q/DQ program to an ONNX file (QuantizeLinear and DequantizeLinear) that ONNX Runtime fuses to integer kernels.
 
-    program ──copy──▶ int32 bias (`passes.quantize_bias`) ──▶ `onnx_form` ──torch.onnx──▶ ReduceMean over all of the
-    plane becomes GlobalAveragePool ──▶ names of the model's modules ──▶ loaded once by ONNX Runtime ──▶ path
+    program ──copy──▶ int32 bias (`passes.quantize_bias`) ──▶ `onnx_form` ──torch.onnx──▶ `onnx_graph`
+    ──▶ loaded once by ONNX Runtime ──▶ path
 
 The file's values are those of the program. What ONNX Runtime makes of the file is read back from the graph that it
 optimized, so the report says what runs in integers and what does not.
@@ -9,8 +9,6 @@ optimized, so the report says what runs in integers and what does not.
 
 from __future__ import annotations
 
-import ast
-import itertools
 import os
 import re
 import tempfile
@@ -19,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.export import ExportedProgram
 
 from qbench.errors import ExportError, require
+from qbench.export import onnx_graph
 from qbench.export.files import atomic_path, check_destination
 from qbench.export.graphs import check_grids
 from qbench.export.onnx_form import to_onnx_form
@@ -143,12 +141,12 @@ def to_onnx(
     rewritten = copy_program(program)
     bias_report = quantize_bias(rewritten)
     model = _translate(to_onnx_form(rewritten), opset)
-    name_outputs(model, output_names(program))
-    use_global_pools(model)
-    keep_pairs_apart(model)
-    store_weights(model, weight_codes)
+    onnx_graph.name_outputs(model, output_names(program))
+    onnx_graph.choose_averages(model)
+    onnx_graph.keep_pairs_apart(model)
+    onnx_graph.store_weights(model, weight_codes)
     RemoveUnusedNodesPass()(model)
-    name_nodes(model)
+    onnx_graph.name_nodes(model)
     with atomic_path(target) as aside:
         _save(model, aside)
         runtime = inspect_onnx(aside)
@@ -192,146 +190,6 @@ def _save(model: Any, path: Path) -> None:
         onnx_ir.save(model, path)
     except (ValueError, RuntimeError) as error:
         raise ExportError(f"the ONNX model cannot be stored in one file (protobuf ends at 2 GiB): {error}") from error
-
-
-def use_global_pools(model: Any) -> int:
-    """Replace each ReduceMean over all spatial dims by GlobalAveragePool, which has an integer kernel.
-
-    Args:
-        model: An `onnx_ir.Model`, changed in place.
-
-    Returns:
-        How many were replaced.
-    """
-    import onnx_ir
-
-    replaced = 0
-    for node in list(model.graph):
-        if node.op_type != "ReduceMean" or not _reduces_the_plane(node):
-            continue
-        pool = onnx_ir.Node("", "GlobalAveragePool", [node.inputs[0]], name=node.name)
-        pool.metadata_props.update(node.metadata_props)
-        old, new = node.outputs[0], pool.outputs[0]
-        new.shape, new.type, new.name = old.shape, old.type, old.name
-        onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], [pool], [old], [new])
-        replaced += 1
-    return replaced
-
-
-def _reduces_the_plane(node: Any) -> bool:
-    import onnx_ir
-
-    source = node.inputs[0]
-    axes = onnx_ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
-    keep = node.attributes.get("keepdims")
-    if source.shape is None or axes is None or (keep is not None and keep.as_int() == 0):
-        return False
-    rank = len(source.shape)
-    return rank > 2 and sorted(int(axis) % rank for axis in axes.numpy().ravel()) == list(range(2, rank))
-
-
-def keep_pairs_apart(model: Any) -> int:
-    """Put a clip that changes no code behind each QuantizeLinear that directly reads another grid's DequantizeLinear.
-
-    ONNX Runtime takes `Q → DQ → Q → DQ` on two grids for one pair and makes up a grid from both, which gives other
-    values (95 % of the codes in a test). A clip between them is in its way.
-
-    Args:
-        model: An `onnx_ir.Model`, changed in place.
-
-    Returns:
-        How many clips were put.
-    """
-    import onnx_ir
-
-    clips = 0
-    for node in list(model.graph):
-        if node.op_type != "QuantizeLinear" or not _repeats_pair(node):
-            continue
-        info = np.iinfo(node.inputs[2].dtype.numpy())
-        extremes = [np.array(bound, info.dtype) for bound in (info.min, info.max)]
-        bounds = [_initializer(model, f"{info.dtype}_{bound}", bound) for bound in extremes]
-        clip = onnx_ir.Node("", "Clip", [node.outputs[0], *bounds])
-        clip.metadata_props.update(node.metadata_props)
-        clip.outputs[0].shape, clip.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-        for reader, index in list(node.outputs[0].uses()):
-            reader.replace_input_with(index, clip.outputs[0])
-        clip.replace_input_with(0, node.outputs[0])
-        model.graph.insert_after(node, clip)
-        clips += 1
-    return clips
-
-
-def _repeats_pair(quantize: Any) -> bool:
-    """Whether a QuantizeLinear reads a DequantizeLinear of codes that the graph computes, on another grid."""
-    source = quantize.inputs[0].producer()
-    if source is None or source.op_type != "DequantizeLinear" or source.inputs[0].producer() is None:
-        return False
-    if len(quantize.inputs) < 3 or all(reader.op_type == "Clip" for reader, _ in quantize.outputs[0].uses()):
-        return False
-    grids = [[value.const_value for value in node.inputs[1:3]] for node in (source, quantize)]
-    return any(
-        one is None or other is None or not np.array_equal(one.numpy(), other.numpy())
-        for one, other in itertools.zip_longest(*grids)
-    )
-
-
-def name_outputs(model: Any, names: list[str]) -> None:
-    """Name the outputs of an `onnx_ir.Model`; values inside that had such a name get another one."""
-    graph = model.graph
-    inside = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-    for value in inside:
-        if value.name in names:
-            value.name = f"{value.name}_inside"
-    for value, name in zip(graph.outputs, names, strict=True):
-        if value not in graph.inputs:
-            value.name = name
-
-
-def name_nodes(model: Any) -> None:
-    """Name every node of an `onnx_ir.Model` by the module it came from: `layer1.0.conv1/Conv`, then `…/Conv_1`."""
-    taken: Counter[str] = Counter()
-    for node in model.graph:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        path = scopes[-2] if len(scopes) > 1 else ""
-        name = f"{path}/{node.op_type}" if path else str(node.op_type)
-        node.name = f"{name}_{taken[name]}" if taken[name] else name
-        taken[name] += 1
-
-
-def store_weights(model: Any, codes: str) -> int:
-    """Store int8 weight codes as asked, each with a zero point of its own; returns how many there are.
-
-    The codes of `"uint8"` are those of int8 + 128, with zero point 128: the same reals. Zero points are not shared,
-    because `session.x64quantprecision` (see `open_session`) names what it adds after them and then fails to load.
-    """
-    import onnx_ir
-
-    stored = 0
-    for node in model.graph:
-        if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
-            continue
-        if any(value.const_value is None or value.dtype != onnx_ir.DataType.INT8 for value in node.inputs[::2]):
-            continue
-        for index in (0, 2) if codes == "uint8" else (2,):
-            array = node.inputs[index].const_value.numpy()
-            if codes == "uint8":
-                array = (array.astype("int16") + 128).astype("uint8")
-            name = f"{node.inputs[index].name}_{codes}" if index == 0 else f"{node.inputs[0].name}_zero_point"
-            node.replace_input_with(index, _initializer(model, name, array))
-        stored += 1
-    return stored
-
-
-def _initializer(model: Any, name: str, array: Any) -> Any:
-    """A new constant of the graph; one of that name that is there already is the same (a weight used twice)."""
-    import onnx_ir
-
-    if name in model.graph.initializers:
-        return model.graph.initializers[name]
-    value = onnx_ir.val(name, const_value=onnx_ir.tensor(array, name=name))
-    model.graph.register_initializer(value)
-    return value
 
 
 def open_session(path: str | os.PathLike[str], *, threads: int = 1, save_optimized: Path | None = None) -> Any:

@@ -6,6 +6,7 @@ codes       uint8 codes are int8 codes + 128, and so is the zero point: D stays.
 clamp       Q(clamp(x, a, b)) = clip(Q(x), Q(a), Q(b)): the op is followed by its quantize op directly, and a clip
             of codes remains only where the quantize op does not already saturate there
 narrow      QuantizeLinear saturates to its 8-bit type: fewer bits need the same clip
+gelu        approximate="tanh" is written out as opset 19 does it: the Gelu of later opsets takes other float steps
 linear      only Gemm on matrices has an integer kernel with a bias: (…, in) → (rows, in) → Gemm → (…, out)
 """
 
@@ -26,6 +27,7 @@ def to_onnx_form(program: ExportedProgram) -> ExportedProgram:
     """Rewrite a program in place, with every rewrite of this file in its order; returns it."""
     graphs.infer_sizes(program)
     graphs.keep_mean_dims(program)
+    graphs.spell_out_tanh_gelu(program)
     flatten_linears(program)
     graphs.close_views(program)
     requantize_inputs(program)

@@ -19,7 +19,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from qbench.export import graphs
-from qbench.export.xnnpack_limits import close_views_of_inputs, share_cat_grids, spell_out_tanh_gelu
+from qbench.export.xnnpack_limits import close_views_of_inputs, share_cat_grids
 from qbench.graph.clamps import clamps_before
 from qbench.graph.dialect import packet
 from qbench.graph.qdq import quantized_decomposed
@@ -38,7 +38,7 @@ def to_xnnpack_form(program: ExportedProgram) -> ExportedProgram:
     graphs.shift_codes(program, torch.int8)
     clamp_before_quantize(program)
     share_cat_grids(program)
-    spell_out_tanh_gelu(program)
+    graphs.spell_out_tanh_gelu(program)
     widen_weight_ranges(program)
     separate_outputs(program)
     separate_dequantizes(program)

@@ -4,27 +4,24 @@ layer       s_in·s_w / s_out < 256, or it stays in float: its weight is stored 
 transposed  one scale per output channel only without groups, else it stays in float
 cat         one grid at all ends: inputs on another grid are quantized to that of the output first
 views       of codes that are an input of the program, with another grid behind them: a q–dq pair ends the view
-gelu        approximate="tanh" is written out: XNNPACK would compute the other GELU (up to 5e-4 away)
 
 Values are those of the program, up to float rounding in what stays in float.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from qbench.export import graphs
 from qbench.graph.clamps import clamp_bounds
 from qbench.graph.constants import ProgramConstants
-from qbench.graph.dialect import argument, packet
-from qbench.graph.edit import insert_call, module_path
+from qbench.graph.dialect import packet
+from qbench.graph.edit import module_path
 from qbench.graph.layers import Layer, output_scales, read_layer, weight_scales
 from qbench.graph.qdq import quantized_decomposed
 from qbench.graph.scale_preserving import grid_source
@@ -149,25 +146,3 @@ def close_views_of_inputs(program: ExportedProgram) -> int:
                 reader.replace_input_with(node, graphs.requantize_after(node, source))
                 closed += 1
     return closed
-
-
-def spell_out_tanh_gelu(program: ExportedProgram) -> int:
-    """Write `gelu(x, approximate="tanh")` as `x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))`; returns how many were."""
-    written = 0
-    for node in list(program.graph.nodes):
-        if packet(node.target) is not aten.gelu:
-            continue
-        if argument(node.target, node.args, node.kwargs, "approximate") != "tanh":
-            continue
-
-        def call(operator: OpOverload[Any, Any], *args: object, before: fx.Node = node) -> fx.Node:
-            return insert_call(before, operator, args)
-
-        x = node.args[0]
-        cube = call(aten.mul.Tensor, call(aten.mul.Tensor, x, x), x)
-        inner = call(aten.add.Tensor, x, call(aten.mul.Tensor, cube, 0.044715))
-        tanh = call(aten.tanh.default, call(aten.mul.Tensor, inner, math.sqrt(2.0 / math.pi)))
-        half = call(aten.mul.Tensor, x, 0.5)
-        graphs.replace_everywhere(program, node, call(aten.mul.Tensor, half, call(aten.add.Tensor, tanh, 1.0)))
-        written += 1
-    return written

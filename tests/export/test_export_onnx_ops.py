@@ -49,6 +49,10 @@ OPS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         ["DequantizeLinear", "DequantizeLinear", "Div", "Erf", "Add", "Mul", "Mul", "QuantizeLinear"],
     ),
     "relu6": (lambda x, y: F.relu6(x), ["DequantizeLinear", "QuantizeLinear", "Clip"]),
+    "gelu, tanh": (
+        lambda x, y: F.gelu(x, approximate="tanh"),
+        [*["DequantizeLinear"] * 5, *["Mul"] * 6, "Add", "Add", "Tanh", "QuantizeLinear"],
+    ),
     # Both exporters drop the product: q → dq → q → dq on two grids.
     "another grid": (lambda x, y: y * 1, ["DequantizeLinear", "QuantizeLinear", "Clip"]),
 }

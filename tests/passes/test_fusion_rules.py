@@ -160,6 +160,31 @@ def test_what_is_refused_stays_in_float_with_its_reason(case: str) -> None:
     assert float((program.module()(*inputs) != before).float().mean()) < 0.02
 
 
+@pytest.mark.parametrize("scale", [1e-7, 1e9], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x.mean((2, 3)), lambda x: F.avg_pool2d(x, 8)],
+    ids=["adaptive", "mean", "one window"],
+)
+def test_an_average_that_the_runtime_would_refuse_while_it_runs_stays_in_float(
+    call: Callable[[Tensor], Tensor], scale: float, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from qbench.export import to_onnx
+    from qbench.export.runtimes import run_onnx
+
+    images = torch.randn(DEEP) * 3
+    program = export(Call(call, output=(scale, 3, -128, 127, torch.int8)), images)
+    before = program.module()(images)
+    report = to_onnx(program, tmp_path / "model.onnx")
+    assert [node.op for node in report.float_nodes] == ["ReduceMean"]
+    ((theirs,),) = run_onnx(tmp_path / "model.onnx", [[images.numpy()]], 1)
+    assert np.array_equal(theirs, before.numpy()), "both ends of the range, or zero"
+    report = fuse_qdq(program, target="onnxruntime")
+    assert not report.integer and "s / (s_out · count) is" in str(report)
+    assert torch.equal(program.module()(images), before)
+
+
 def test_a_target_without_arithmetic_is_refused_with_those_that_have_one() -> None:
     model, inputs, _, _ = make("add")
     with pytest.raises(ConfigError, match=r"target neutron has no stated arithmetic.*onnxruntime, xnnpack, tosa"):

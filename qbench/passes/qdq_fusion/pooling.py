@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -35,22 +35,28 @@ class AverageRule(Rule[FusionContext, FusedCall]):
         if operation is aten.mean:
             call = _mean(node, input, context)
         elif operation is aten.avg_pool2d:
-            call = _pool(input, _window(node), context)
+            call = _pool(node, input, _window(node), context)
         else:
             call = _adaptive(node, input, context)
         results = context.results(node)
-        if call[0] is torch.ops.qbench.global_avg_pool_q8ta_q8to.default:
-            sizes = [size for size in _shape(node)[2:] if isinstance(size, int)]  # a size that may change is taken as 1
+        if call.of_everything:
+            # A size that may change is taken as 1.
+            sizes = [size for size in _shape(node)[2:] if isinstance(size, int)]
             for result in results:
                 context.check_ratio("global_average", input.grid.scale / (result.grid.scale * math.prod(sizes)))
-        return FusedCall(*call, results)
+        return FusedCall(call.operator, call.arguments, results)
 
     def rewrite(self, found: FusedCall, context: FusionContext) -> Sequence[fx.Node]:
         """See `Rule.rewrite`."""
         return [context.emit(result, found.operator, found.arguments) for result in found.results]
 
 
-Call = tuple[Any, tuple[Any, ...]]
+class Call(NamedTuple):
+    """An operator, its arguments before the output's grid, and whether the runtime takes it for a global average."""
+
+    operator: Any
+    arguments: tuple[Any, ...]
+    of_everything: bool
 
 
 def _mean(node: fx.Node, input: Codes, context: FusionContext) -> Call:
@@ -61,26 +67,30 @@ def _mean(node: fx.Node, input: Codes, context: FusionContext) -> Call:
     dims = [dim % rank for dim in node_argument(node, "dim") or range(rank)]
     if sorted(dims) != list(range(2, rank)):
         raise Refused(f"a mean over dims {sorted(dims)}; the runtimes' integer operators average dims 2 and on")
-    return torch.ops.qbench.global_avg_pool_q8ta_q8to.default, (
-        *input.arguments, dims, bool(node_argument(node, "keepdim")),
-    )  # fmt: skip
+    return _global(input, dims, bool(node_argument(node, "keepdim")))
 
 
 def _adaptive(node: fx.Node, input: Codes, context: FusionContext) -> Call:
     wanted = [int(size) for size in node_argument(node, "output_size")]
     if wanted == [1, 1]:
         context.function("global_average")
-        return torch.ops.qbench.global_avg_pool_q8ta_q8to.default, (*input.arguments, [-2, -1], True)
+        return _global(input, [-2, -1], True)
     given = _shape(node)[-2:]
     if not all(isinstance(size, int) for size in given) or any(g % w for g, w in zip(given, wanted, strict=True)):
         raise Refused(f"an adaptive average from {tuple(given)} to {tuple(wanted)} has windows of several sizes")
     kernel = [int(g) // w for g, w in zip(given, wanted, strict=True)]
-    return _pool(input, (kernel, kernel, [0, 0], False, True, None), context)
+    return _pool(node, input, (kernel, kernel, [0, 0], False, True, None), context)
 
 
-def _pool(input: Codes, window: tuple[Any, ...], context: FusionContext) -> Call:
+def _global(input: Codes, dims: list[int], keepdim: bool) -> Call:
+    return Call(torch.ops.qbench.global_avg_pool_q8ta_q8to.default, (*input.arguments, dims, keepdim), True)
+
+
+def _pool(node: fx.Node, input: Codes, window: tuple[Any, ...], context: FusionContext) -> Call:
     context.function("average_pool")
-    return torch.ops.qbench.avg_pool2d_q8ta_q8to.default, (*input.arguments, *window)
+    # One window over everything is computed as a global average, within the limits of that.
+    whole = window[0] == list(_shape(node)[-2:]) and not any(window[2])
+    return Call(torch.ops.qbench.avg_pool2d_q8ta_q8to.default, (*input.arguments, *window), whole)
 
 
 def _window(node: fx.Node) -> tuple[Any, ...]:
