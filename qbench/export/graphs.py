@@ -158,7 +158,9 @@ def infer_sizes(program: ExportedProgram) -> int:
 
 
 def keep_mean_dims(program: ExportedProgram) -> int:
-    """Make `mean(x, spatial dims) → q → dq` keep its dims and squeeze after the dq: the form of a global pool.
+    """Make `mean(x, spatial dims) → q → dq` keep its dims and reshape after the dq: the form of a global pool.
+
+    A reshape, because XNNPACK does not take a squeeze of several dims and would be left and entered again.
 
     Returns:
         How many were rewritten; means over other dims are left as they are.
@@ -167,15 +169,17 @@ def keep_mean_dims(program: ExportedProgram) -> int:
     for node in list(program.graph.nodes):
         if node.target is not aten.mean.dim or not _is_spatial_mean(node) or len(node.users) != 1:
             continue
-        quantize = next(iter(node.users))
+        quantize, channels = next(iter(node.users)), node.meta["val"].shape[1]
         if not is_quantize(quantize) or not all(is_dequantize(reader) for reader in quantize.users):
             continue
-        dims = node.args[1]
-        node.args = (node.args[0], dims, True)
+        if not isinstance(channels, int):
+            continue  # A reshape infers one size, and that is the batch.
+        node.args = (node.args[0], node.args[1], True)
         for changed in (node, quantize, *quantize.users):
             refresh(changed)
         for dequantize in list(quantize.users):
-            replace_everywhere(program, dequantize, insert_after(dequantize, aten.squeeze.dims, (dequantize, dims)))
+            flat = insert_after(dequantize, aten.reshape.default, (dequantize, [-1, channels]))
+            replace_everywhere(program, dequantize, flat)
         rewritten += 1
     return rewritten
 

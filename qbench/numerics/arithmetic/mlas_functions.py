@@ -14,8 +14,8 @@ All start from `x` float32 and are float32 throughout; `·` and `+` round, `fma`
 
 The coefficients are those of Eigen's rational approximations (logistic, tanh) and of the split erf that MLAS states as
 its constants. Every function equals ONNX Runtime's own on every one of millions of floats, wherever they stand in the
-buffer; `benchmarks/exactness/onnxruntime_ops.py` counts it, for the one Gelu op of opset 20 and later too. `to_onnx` writes
-GELU by tanh out in these steps, because that op's own gave 9 other codes of 1,015,808.
+buffer; `benchmarks/exactness/onnxruntime_ops.py` counts it, for the one Gelu op of opset 20 and later too. `to_onnx`
+writes GELU by tanh out in these steps, because that op's own gave 9 other codes of 1,015,808.
 """
 
 from __future__ import annotations
