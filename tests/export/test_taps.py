@@ -91,7 +91,9 @@ def test_a_runtime_takes_the_tapped_program_as_the_program(name: str, program: E
         assert kernels[0] == kernels[1] and kernels[0]["QLinearConv"] >= 1
     else:
         assert reports[0].delegates == reports[1].delegates == 1
-        assert reports[0].delegated_ops == reports[1].delegated_ops
+        # The tap of a mean without its dims has a reshape of its own.
+        computing = [{op: n for op, n in r.delegated_ops.items() if op != "aten.view_copy"} for r in reports]
+        assert computing[0] == computing[1] and computing[0]["aten.convolution"] >= 1
     assert reports[0].float_nodes == reports[1].float_nodes == ()
     batch = [images(3, seed=5).numpy()]
     [shipped], [outputs] = (runtime.run(report.path, [batch], 1) for report in reports)
