@@ -8,8 +8,9 @@
 
 On a machine that does other work, `--threads 1 --clock cpu` times what the process itself computes.
 
-The sum counts every layer as often as ResNet-18 has it. Weights are normal, quantized per channel to [−127, 127], so
-the number of float32 parts of a layer is that of a fresh network.
+The sum counts every layer as often as ResNet-18 has it; the whole network is timed as it stands, the float model
+against `qbench.integer_model`. Weights are normal, quantized per channel to [−127, 127], so the number of float32 parts
+of a layer is that of a fresh network.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import qbench
 import qbench.ops.conv
+from qbench.models import build_model
 from qbench.numerics.arithmetic import Grid
 from qbench.ops.geometry import Geometry
 
@@ -144,6 +147,17 @@ def add_pair(batch: int, channels: int, size: int, target: str) -> Pair:
     )
 
 
+def model_pair(batch: int, target: str) -> Pair:
+    """The whole network: the float model in eval against `qbench.integer_model` of its QAT form."""
+    images = torch.randn(batch, 3, 224, 224)
+    network = build_model("resnet18", 1000).eval()
+    model = qbench.prepare_qat(qbench.fuse(network), qconfig=qbench.get_qconfig(target), example_inputs=(images,))
+    with torch.no_grad():
+        model.train()(images)
+    deployed = qbench.integer_model(model, (images,), target=target)
+    return Pair("ResNet-18", 1, 0, lambda: network(images), lambda: deployed(images))
+
+
 def seconds(call: Callable[[], Tensor], clock: Callable[[], float]) -> float:
     start = clock()
     call()
@@ -206,6 +220,7 @@ def main() -> None:
         for group, pairs in (
             ("convolutions", [conv_pair(shape, batch, options.target) for shape in CONVS]),
             ("other layers", other_pairs(batch, options.target)),
+            ("whole network", [model_pair(batch, options.target)]),
         ):
             rows, total = measure(pairs, options.rounds, CLOCKS[options.clock])
             show(f"{group}, batch {batch}, {options.threads} threads, arithmetic of {options.target}", rows, total)
