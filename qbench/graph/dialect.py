@@ -7,6 +7,7 @@ that the graph is in, because a lowered graph refuses the other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,15 +59,22 @@ def argument(target: object, args: Sequence[Any], kwargs: Mapping[str, Any], nam
         PassError: `target` is not an operator or has no argument of that name.
     """
     found = overload(target)
-    arguments = () if found is None else found._schema.arguments
-    for position, declared in enumerate(arguments):
-        if declared.name == name:
-            if name in kwargs:
-                return kwargs[name]
-            if position < len(args) and not declared.kwarg_only:
-                return args[position]
-            return declared.default_value
-    raise PassError(f"{target} has no argument {name!r}; it has {[declared.name for declared in arguments]}")
+    declared = {} if found is None else _arguments(found)
+    if name not in declared:
+        raise PassError(f"{target} has no argument {name!r}; it has {list(declared)}")
+    position, default = declared[name]
+    if name in kwargs:
+        return kwargs[name]
+    return args[position] if position is not None and position < len(args) else default
+
+
+@functools.cache
+def _arguments(operator: OpOverload[Any, Any]) -> dict[str, tuple[int | None, Any]]:
+    """Position (None: by keyword only) and default of each argument; a schema is slow to read, and read often."""
+    return {
+        declared.name: (None if declared.kwarg_only else position, declared.default_value)
+        for position, declared in enumerate(operator._schema.arguments)
+    }
 
 
 def node_argument(node: fx.Node, name: str) -> Any:
@@ -77,4 +85,4 @@ def node_argument(node: fx.Node, name: str) -> Any:
 def has_argument(target: object, name: str) -> bool:
     """Whether `target` is an operator whose schema has an argument `name`."""
     found = overload(target)
-    return found is not None and any(declared.name == name for declared in found._schema.arguments)
+    return found is not None and name in _arguments(found)

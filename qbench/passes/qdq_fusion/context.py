@@ -175,7 +175,8 @@ class FusionContext:
 
     def replace(self, node: fx.Node, operator: Any, arguments: Sequence[Any]) -> fx.Node:
         """Put a call in the place of a node that computes codes, and remember the name of that node in the new one."""
-        new = insert_call(node, operator, arguments)
+        # The codes of both have one shape and dtype: no need to trace the operator for them.
+        new = insert_call(node, operator, arguments, value=node.meta.get("val"))
         new.meta[CODES_OF] = node.meta.get(CODES_OF, node.name)
         read_instead(node, new, self.constants)
         _erase(node)
