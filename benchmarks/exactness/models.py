@@ -53,6 +53,10 @@ def trained_model(name: str, image_size: int, steps: int, batch: int, seed: int)
         if isinstance(module, nn.BatchNorm2d):
             # Few steps: statistics that still lag would leave the codes in a corner of their range.
             module.momentum = 0.5
+        if type(module).__name__ == "SqueezeExcitation":
+            # As initialized, every gate of an image is nearly the same number; trained ones open and close.
+            for layer in (module.fc1, module.fc2):
+                layer.weight.data *= 5.0
     loader = iter(data.batches(images.train, batch))
     held_out = next(iter(data.batches(images.held_out, batch)))[0]
     pixels, _ = next(loader)

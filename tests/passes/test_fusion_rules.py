@@ -78,6 +78,12 @@ CASES: dict[str, tuple[nn.Module, tuple[tuple[int, ...], ...], str, str]] = {
         Call(lambda x: x.flatten(1).reshape(-1, 6, 64).transpose(1, 2), output=INPUT), (IMAGE,), "view", "transpose"
     ),
     "zero pad": (Call(lambda x: F.pad(x, (1, 2, 0, 1)), output=INPUT), (IMAGE,), "view", "pad"),
+    "dropout in eval": (
+        Call(lambda x: F.dropout(x, training=False).flatten(1), output=INPUT), (IMAGE,), "view", "flatten"
+    ),
+    "dropout in place, in eval": (
+        Call(lambda x: F.dropout(x, training=False, inplace=True).flatten(1), output=INPUT), (IMAGE,), "view", "flatten"
+    ),
     "chunk": (Call(lambda x: x.chunk(2, 1), output=INPUT), (IMAGE,), "view", "chunk"),
     "nearest": (
         Call(lambda x: F.interpolate(x, size=(16, 16)), output=INPUT), (IMAGE,), "view", "upsample_nearest2d"

@@ -72,7 +72,8 @@ class ViewRule(Rule[FusionContext, View]):
         if _first_result(node) is None:
             raise Refused("with these arguments it does not keep the grid: a fill that is not 0, dropout in training")
         found = overload(node.target)
-        if found is None or found._schema.is_mutable or node in context.constants.written_off_grid:
+        writes = found is None or (found._schema.is_mutable and not has_argument(found, "train"))
+        if writes or node in context.constants.written_off_grid:  # A dropout_ in eval writes what is there.
             raise Refused("it, or what reads it, writes in place")
         return View(node, source, context.codes(source))  # type: ignore[arg-type]
 
