@@ -20,7 +20,7 @@ from benchmarks.exactness.onnx_graphs import OnnxFile, pads
 from benchmarks.exactness.operators import Operators
 from benchmarks.exactness.results import OpResult, Tally
 from qbench.graph.qdq import quantized_decomposed
-from qbench.numerics.arithmetic import Window
+from qbench.numerics.arithmetic import Grid, Window
 from qbench.numerics.arithmetic.functions import FUNCTIONS
 
 TARGET = "onnxruntime"
@@ -160,6 +160,14 @@ def _global_average(file: OnnxFile, rng: np.random.Generator) -> Part:
     return Part(file.quantize(file.node("GlobalAveragePool", x), out), OURS.global_average(codes, grid, out))
 
 
+def _softmax(file: OnnxFile, rng: np.random.Generator) -> Part:
+    grid = cases.grid(rng, of_scale=cases.float32(2.0 ** rng.uniform(-6, -3)))
+    out = Grid(cases.float32(2.0 ** rng.uniform(-10, -8)), -128, -128, 127)
+    codes = cases.codes(rng, (64, 100))
+    found = file.node("Softmax", file.dequantize(file.input(codes), grid), axis=-1)
+    return Part(file.quantize(found, out), OURS.in_float(lambda x: torch.softmax(x, -1), codes, grid, out))
+
+
 #: (height, width), kernel, stride, padding: Inception's, GoogLeNet's, DenseNet's and ShuffleNet's, odd ones, and one
 #: window over everything, which is another kernel.
 _WINDOWS = (
@@ -271,6 +279,7 @@ _TABLE: dict[str, Op] = {
     "global_average": Op(_global_average, "QLinearGlobalAveragePool", cases=48),
     "average_pool": Op(_average_pool, "QLinearAveragePool"),
     "max_pool": Op(_max_pool, "MaxPool"),
+    "softmax": Op(_softmax, cases=48),
     **_functions(),
 }
 OPS = tuple(_TABLE)

@@ -7,7 +7,7 @@ computes: kernels, plans of exact sums and per-layer constants included, not the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ import qbench.ops  # noqa: F401  (defines the operators)
 from benchmarks.exactness.cases import LayerData, all_codes
 from qbench import targets
 from qbench.numerics.arithmetic import Grid, Window
+from qbench.numerics.arithmetic.base import dequantize_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,10 @@ class Operators:
         """A unary function of all 256 codes of `source`, ascending, (256,)."""
         table = targets.get(self.target).arithmetic.table(name, parameters, source, out)
         return _call("unary_q8ta_q8to", all_codes(source.dtype), table)
+
+    def in_float(self, function: Callable[[Tensor], Tensor], codes: Tensor, source: Grid, out: Grid) -> Tensor:
+        """A function of reals between dequantize and quantize: what the program computes where there is no operator."""
+        return self.quantize(function(dequantize_codes(codes, source)), out)
 
 
 def _call(name: str, *arguments: object) -> Tensor:

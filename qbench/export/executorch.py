@@ -26,7 +26,7 @@ from qbench.export import graphs
 from qbench.export.files import check_destination, write_bytes
 from qbench.export.program import check_program, copy_program, quiet
 from qbench.export.xnnpack_form import to_xnnpack_form
-from qbench.export.xnnpack_limits import KeptInFloat, keep_layers_in_float
+from qbench.export.xnnpack_limits import KeptInFloat, check_dimensions, keep_layers_in_float
 from qbench.graph.dialect import overload
 from qbench.graph.recognise import is_dequantize
 
@@ -125,11 +125,13 @@ def to_executorch(program: ExportedProgram, path: str | os.PathLike[str]) -> Exe
 
     Raises:
         MissingDependencyError: executorch is not installed.
-        ExportError: not a Q/DQ program; its biases are int32; the path cannot be written; an op cannot be lowered.
+        ExportError: not a Q/DQ program; its biases are int32; a convolution has three dimensions; the path cannot be
+            written; an op cannot be lowered.
     """
     check_program(program, call="to_executorch(program, path)")
     target = check_destination(path)
     _check_float_bias(program)
+    check_dimensions(program)
     with quiet():
         for module in ("executorch.exir", "executorch.backends.xnnpack.partition.xnnpack_partitioner"):
             require(module, extra=_EXTRA, purpose=_PURPOSE)
@@ -180,7 +182,8 @@ def _serialize(lowered: Any, report: ExecutorchReport) -> bytes:
         with _one_kernel_for_every_batch():
             return bytes(lowered.to_executorch().buffer)
     except Exception as error:  # ExecuTorch raises whatever its passes raise.
-        outside = ", ".join(map(str, report.not_delegated)) or "none"
+        named = [str(node) for node in report.not_delegated]
+        outside = ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "") or "nothing"
         raise ExportError(f"ExecuTorch has no kernel for what XNNPACK left ({outside}): {error}") from error
 
 

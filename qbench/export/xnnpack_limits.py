@@ -4,6 +4,7 @@ layer       s_in·s_w / s_out < 256, or it stays in float: its weight is stored 
 transposed  one scale per output channel only without groups, else it stays in float
 cat         one grid at all ends: inputs on another grid are quantized to that of the output first
 views       of codes that are an input of the program, with another grid behind them: a q–dq pair ends the view
+conv3d      is refused: neither the delegate nor ExecuTorch's own kernels compute it
 
 Values are those of the program, up to float rounding in what stays in float.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from qbench.errors import ExportError
 from qbench.export import graphs
 from qbench.graph.clamps import clamp_bounds
 from qbench.graph.constants import ProgramConstants
@@ -49,6 +51,21 @@ class KeptInFloat:
 
     def __str__(self) -> str:
         return f"{self.op} {self.name}: {self.reason}"
+
+
+def check_dimensions(program: ExportedProgram) -> None:
+    """Refuse convolutions of three dimensions: the file would be written, and fail at its first batch.
+
+    Raises:
+        ExportError: there is one; neither XNNPACK nor ExecuTorch's own kernels compute it.
+    """
+    convolutions = graphs.GEMMS - {aten.linear}
+    for node in program.graph.nodes:
+        if packet(node.target) in convolutions and node.meta["val"].dim() == 5:
+            raise ExportError(
+                f"ExecuTorch has no convolution of three dimensions ({module_path(node) or node.name}): use "
+                "to_onnx(program, path) for ONNX Runtime"
+            )
 
 
 def keep_layers_in_float(program: ExportedProgram) -> tuple[KeptInFloat, ...]:

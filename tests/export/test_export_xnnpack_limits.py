@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbench.errors import ExportError
 from qbench.export import ExecutorchReport, to_executorch
 from qbench.export.runtimes import run_executorch
 from qbench.graph.qdq import quantized_decomposed
@@ -55,6 +56,34 @@ def steep(shape: tuple[int, ...], ratio: float, **options: object) -> hand.Layer
     layer.bias = layer.bias / layer.scales * scales
     layer.scales = scales
     return layer
+
+
+class Volume(nn.Module):
+    """A convolution of three dimensions, its weight per tensor or per channel."""
+
+    def __init__(self, per_channel: bool) -> None:
+        super().__init__()
+        self.per_channel = per_channel
+        self.register_buffer("codes", torch.randint(-127, 128, (8, 4, 3, 3, 3), dtype=torch.int8))
+        self.register_buffer("scales", torch.full((8,), 0.01))
+        self.register_buffer("zeros", torch.zeros(8, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ops, span = quantized_decomposed(), (-127, 127, torch.int8)
+        if self.per_channel:
+            weight = ops.dequantize_per_channel.default(self.codes, self.scales, self.zeros, 0, *span)
+        else:
+            weight = ops.dequantize_per_tensor.default(self.codes, 0.01, 0, *span)
+        return hand.qdq(F.conv3d(hand.qdq(x, 0.02, 3), weight), 0.05, 3)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_convolution_of_three_dimensions_is_refused(per_channel: bool, tmp_path: Path) -> None:
+    """The file would be written, and fail at its first batch."""
+    program = hand.export(Volume(per_channel), torch.randn(1, 4, 6, 6, 6))
+    with pytest.raises(ExportError, match=r"no convolution of three dimensions \(conv3d\): use\s+to_onnx"):
+        to_executorch(program, tmp_path / "volume.pte")
+    assert not (tmp_path / "volume.pte").exists()
 
 
 class Steep(nn.Module):
