@@ -220,6 +220,19 @@ def _in_float(function: Callable[[Tensor], Tensor], codes: Tensor, source: Grid,
     return Case(lambda x: quantize(function(dequantize(x, source)), out), (codes,), expected)
 
 
+def cat_case(rng: np.random.Generator) -> Case:
+    """Three parts, two of them on grids of their own, which the export moves to that of the output."""
+    out = cases.grid(rng)
+    ratios = (cases.scale_ratio(rng, -6.0, 4.0), cases.scale_ratio(rng, -6.0, 4.0))
+    grids = [out, *(cases.grid(rng, of_scale=cases.float32(out.scale * ratio)) for ratio in ratios)]
+    parts = tuple(cases.codes(rng, (8, int(rng.integers(1, 9)), 14, 14)) for _ in grids)
+
+    def compute(*codes: Tensor) -> Tensor:
+        return quantize(torch.cat([dequantize(x, grid) for x, grid in zip(codes, grids, strict=True)], 1), out)
+
+    return Case(compute, parts, OURS.cat(parts, grids, 1, out))
+
+
 def rescale_case(rng: np.random.Generator) -> Case:
     """All codes on another grid."""
     source, out = cases.unary_grids(rng)
@@ -312,6 +325,7 @@ _OTHERS = {
     "quantize": quantize_case,
     "max_pool2d": max_pool_case,
     "global_average": global_average_case,
+    "cat": cat_case,
     "rescale": rescale_case,
 }
 EXACT = (*_OTHERS, *_BINARY, *_LAYERS, *_FUNCTIONS)
