@@ -64,6 +64,12 @@ def grid(rng: np.random.Generator, dtype: torch.dtype = torch.int8, of_scale: fl
     return Grid(of_scale or scale(rng), zero_point(rng, dtype), info.min, info.max, dtype)
 
 
+def narrowed(rng: np.random.Generator, of: Grid) -> Grid:
+    """A grid with two random codes of it as its ends, as after a clamp; its zero point may lie outside."""
+    low, high = sorted(rng.integers(of.qmin, of.qmax + 1, 2).tolist())
+    return of._replace(qmin=low, qmax=high)
+
+
 def unary_grids(
     rng: np.random.Generator, dtype: torch.dtype = torch.int8, low: float = -30.0, high: float = 7.0
 ) -> tuple[Grid, Grid]:

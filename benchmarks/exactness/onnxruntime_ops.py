@@ -83,8 +83,7 @@ def _layer(file: OnnxFile, rng: np.random.Generator, name: str, clamped: bool = 
     bits = int(rng.choice([8, 8, 4]))
     data = cases.layer_data(rng, of, str(rng.choice(cases.KINDS)), per_channel=per_channel, weight_bits=bits)
     if clamped:
-        low, high = sorted(rng.integers(-128, 128, 2).tolist())
-        data = dataclasses.replace(data, out=data.out._replace(qmin=low, qmax=high))
+        data = dataclasses.replace(data, out=cases.narrowed(rng, data.out))
     return Part(file.quantize(_float_layer(file, data), data.out), OURS.layer(data))
 
 

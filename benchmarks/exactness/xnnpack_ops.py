@@ -31,7 +31,8 @@ TARGET = "xnnpack"
 OURS = Operators(TARGET)
 #: Cases a file holds.
 _CASES = 24
-_LAYERS = ("linear", "conv1d", "conv2d", "depthwise", "conv_transpose1d", "conv_transpose2d")
+_CLAMPED = " (clamped)"
+_LAYERS = ("linear", "conv1d", "conv2d", "conv2d" + _CLAMPED, "depthwise", "conv_transpose1d", "conv_transpose2d")
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}
 #: log2 of the ratios s / s_out between which XNNPACK takes the operation.
 _RATIOS = {"add": (-10.0, 7.99), "sub": (-10.0, 7.99), "mul": (-10.0, 3.5)}
@@ -131,9 +132,13 @@ def binary_case(rng: np.random.Generator, op: str) -> Case:
     )
 
 
-def layer_case(rng: np.random.Generator, layer: cases.Layer, kind: str, per_channel: bool) -> Case:
+def layer_case(
+    rng: np.random.Generator, layer: cases.Layer, kind: str, per_channel: bool, clamped: bool = False
+) -> Case:
     """A convolution or matrix product."""
     data = cases.layer_data(rng, layer, kind, per_channel=per_channel, largest_ratio=2.0**8)
+    if clamped:
+        data = dataclasses.replace(data, out=cases.narrowed(rng, data.out))
     bias = data.bias.to(torch.float32) * data.bias_scales
     recovered = torch.round(bias * (1.0 / data.bias_scales)).to(torch.float64).clamp(-(2.0**31), 2.0**31 - 1)
     return Case(LayerForm(data, bias), (data.codes,), OURS.layer(data, recovered.to(torch.int32)))
@@ -309,12 +314,12 @@ def draw(op: str, seed: int) -> Iterator[Case]:
         if op in _BINARY:
             yield binary_case(rng, op)
         elif op in _LAYERS:
-            for layer in cases.LAYERS[op]:
+            for layer in cases.LAYERS[op.removesuffix(_CLAMPED)]:
                 if layer.transposed and layer.groups > 1:
                     continue  # Not delegated as quantized.
                 kind = cases.KINDS[rng.integers(len(cases.KINDS))]
                 grown = dataclasses.replace(layer, batch=layer.batch * 8)
-                yield layer_case(rng, grown, kind, bool(rng.integers(4)))
+                yield layer_case(rng, grown, kind, bool(rng.integers(4)), op.endswith(_CLAMPED))
         elif op in _FUNCTIONS:
             yield table_case(op, *table_grids(rng))
         else:
