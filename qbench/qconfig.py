@@ -54,7 +54,8 @@ class QConfig:
         activation: Quantizer of activations; a `QSpec` stands for moving-average min–max on that grid, `"target"` for
             the target's own grid, None for weight-only quantization.
         weight: The same for weights, never None; a `QSpec` stands for min–max of the weight at hand.
-        bias: Width and scale rule of the bias; says nothing where activations stay float.
+        bias: Width and scale rule of the bias; `"target"` for the target's own; says nothing where activations stay
+            float.
 
     Raises:
         ConfigError: an unknown target, or a width, a bias rule or a weight-only form that the target does not have.
@@ -63,13 +64,18 @@ class QConfig:
     target: str | targets.Target = "onnxruntime"
     activation: QuantizerConfig | QSpec | str | None = "target"
     weight: QuantizerConfig | QSpec | str = "target"
-    bias: BiasSpec = BiasSpec()
+    bias: BiasSpec = "target"  # type: ignore[assignment]  # filled below
 
     def __post_init__(self) -> None:
         target = targets.get(self.target)
         fill = object.__setattr__  # the one place where a frozen config is written: while it is made
+        if self.activation == "target" and target.activation is None:
+            fill(self, "activation", None)
+        if self.bias == "target":  # type: ignore[comparison-overlap]
+            fill(self, "bias", target.bias if self.activation is not None else BiasSpec())
         if self.activation is not None:
-            fill(self, "activation", _as_config(self.activation, target.activation, MovingAverageMinMaxObserver))
+            default = target.activation or QSpec()
+            fill(self, "activation", _as_config(self.activation, default, MovingAverageMinMaxObserver))
         fill(self, "weight", _as_config(self.weight, target.weight, LatestMinMaxObserver))
         _check_roles(self)
         _check_target(self, target)
@@ -114,17 +120,17 @@ class QConfig:
 def get_qconfig(
     target: str | targets.Target = "onnxruntime",
     *,
-    weight_bits: int = 8,
-    activation_bits: int | None = 8,
-    bias_bits: int = 32,
-    bias_scale: str = "input_weight",
+    weight_bits: int | str = "target",
+    activation_bits: int | str | None = "target",
+    bias_bits: int | str = "target",
+    bias_scale: str = "target",
     observer: type[Observer] = MovingAverageMinMaxObserver,
     group_size: int | None = None,
 ) -> QConfig:
     """The target's QConfig with other widths.
 
     Args:
-        target: Name of a target.
+        target: Name of a target; `"target"` below stands for its own choice.
         weight_bits: Width of weight codes.
         activation_bits: Width of activation codes; None leaves activations and biases in float.
         bias_bits: Width of bias codes.
@@ -137,15 +143,19 @@ def get_qconfig(
     """
     found = targets.get(target)
     activation = None
-    if activation_bits is not None:
-        activation = QuantizerConfig(dataclasses.replace(found.activation, bits=activation_bits), observer)
-    weight = dataclasses.replace(found.weight, bits=weight_bits, group_size=group_size)
-    return QConfig(
-        target=target,
-        activation=activation,
-        weight=QuantizerConfig(weight, LatestMinMaxObserver),
-        bias=BiasSpec(bias_bits, bias_scale),
+    if activation_bits is not None and not (activation_bits == "target" and found.activation is None):
+        activation = QuantizerConfig(_with_bits(found.activation or QSpec(), activation_bits), observer)
+    weight = dataclasses.replace(_with_bits(found.weight, weight_bits), group_size=group_size)
+    own = found.bias if activation is not None else BiasSpec()
+    bias = BiasSpec(
+        own.bits if bias_bits == "target" else bias_bits,  # type: ignore[arg-type]  # BiasSpec refuses other words
+        own.scale if bias_scale == "target" else bias_scale,
     )
+    return QConfig(target=target, activation=activation, weight=QuantizerConfig(weight, LatestMinMaxObserver), bias=bias)
+
+
+def _with_bits(spec: QSpec, bits: int | str) -> QSpec:
+    return spec if bits == "target" else dataclasses.replace(spec, bits=bits)  # type: ignore[arg-type]
 
 
 def _as_config(
@@ -218,29 +228,9 @@ def _check_target(config: QConfig, target: targets.Target) -> None:
         having = ", ".join(known.name for known in targets.TARGETS if known.weight_only)
         raise ConfigError(
             f"activation=None: target {target.name} computes on integers alone, so activations must be quantized; "
-            f"activation_bits={target.activation.bits} does that. Targets with float activations: {having}"
+            f"activation_bits={target.bits[-1]} does that. Targets with float activations: {having}"
         )
     for role, quantizer in (("activation", config.activation), ("weight", config.weight)):
-        if quantizer is None:
-            continue
-        bits = _made(quantizer).spec.bits
-        if bits not in target.bits:
-            near = min(target.bits, key=lambda width: abs(width - bits))
-            raise ConfigError(
-                f"{role} of {bits} bits: target {target.name} has {_listed(target.bits)}; {role}_bits={near} is the "
-                "nearest"
-            )
-    if config.bias.bits not in target.bias_bits:
-        near = min(target.bias_bits, key=lambda width: abs(width - config.bias.bits))
-        raise ConfigError(
-            f"a bias of {config.bias.bits} bits: target {target.name} has {_listed(target.bias_bits)}; "
-            f"bias_bits={near} is the nearest"
-        )
-    if config.bias.scale not in target.bias_scales:
-        raise ConfigError(
-            f"bias scale {config.bias.scale!r}: target {target.name} has {', '.join(target.bias_scales)}"
-        )
-
-
-def _listed(widths: tuple[int, ...]) -> str:
-    return ", ".join(str(width) for width in widths)
+        if quantizer is not None:
+            target.check(role, _made(quantizer).spec)
+    target.check_bias(config.bias)

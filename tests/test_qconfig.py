@@ -127,8 +127,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: qbench.get_qconfig(bias_bits=8), r"8 bits at input·weight.*get_qconfig\(bias_bits=8, bias_scale='own'\)"),
     (lambda: qbench.get_qconfig(bias_bits=15), r"bias_scale='own'"),
     (lambda: qbench.BiasSpec(12), r"bias_scale='own'"),
-    (lambda: qbench.get_qconfig(bias_bits=7, bias_scale="own"), r"a bias of 7 bits: expected 8 to 32"),
-    (lambda: qbench.get_qconfig(bias_bits=33), r"a bias of 33 bits: expected 8 to 32"),
+    (lambda: qbench.get_qconfig(bias_bits=7, bias_scale="own"), r"a bias of 7 bits: expected 8 to 64"),
+    (lambda: qbench.get_qconfig(bias_bits=65), r"a bias of 65 bits: expected 8 to 64"),
     (lambda: qbench.get_qconfig(bias_bits=16.0), r"a bias of 16\.0 bits"),  # type: ignore[arg-type]
     (lambda: qbench.get_qconfig(bias_scale="mine"), r"'mine' is unknown; expected one of input_weight, own, own_pow2"),
     (lambda: qbench.get_qconfig("neutron", bias_bits=16), r"a bias of 16 bits: target neutron has 32; bias_bits=32 is"),

@@ -29,11 +29,11 @@ class BiasSpec:
     """What is wanted of a bias.
 
     Attributes:
-        bits: Width of a code, 8 to 32.
+        bits: Width of a code, 8 to 64.
         scale: `"input_weight"`, `"own"` or `"own_pow2"`.
 
     Raises:
-        ConfigError: an unknown scale, a width outside 8…32, or fewer than 16 bits at input·weight scale.
+        ConfigError: an unknown scale, a width outside 8…64, or fewer than 16 bits at input·weight scale.
     """
 
     bits: int = 32
@@ -42,8 +42,8 @@ class BiasSpec:
     def __post_init__(self) -> None:
         if self.scale not in BIAS_SCALES:
             raise ConfigError(f"bias scale {self.scale!r} is unknown; expected one of {', '.join(BIAS_SCALES)}")
-        if not isinstance(self.bits, int) or not 8 <= self.bits <= 32:
-            raise ConfigError(f"a bias of {self.bits!r} bits: expected 8 to 32")
+        if not isinstance(self.bits, int) or not 8 <= self.bits <= 64:
+            raise ConfigError(f"a bias of {self.bits!r} bits: expected 8 to 64")
         if self.scale == "input_weight" and self.bits < NARROWEST_INPUT_WEIGHT_BITS:
             raise ConfigError(
                 f"a bias of {self.bits} bits at input·weight scale would force weight scales so coarse that the "

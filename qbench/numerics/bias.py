@@ -10,7 +10,13 @@ needs a weight scale that is large enough, the floor
 
     |b| ≤ min(qmax_b, 2²²) · s_in · s_w     ⇒     s_w ≥ |b| / (min(qmax_b, 2²²) · s_in)
 
-and a layer fits its accumulator of width A if |q_b| + Σ|q_w| · max|q_x − z| ≤ 2^(A−1) − 1.
+A bias of more than 32 bits (64 beside int16 activations) is for hardware that is handed integer codes, so the limit is
+that of float64, in which they are computed. Where such a grid is finer than float32, a code is that of the float32
+value, so that `b̂` and `q_b` determine each other at any size:
+
+    q_b = rne(f64(b̂) / f64(s_b))       b̂ = f32(f64(q_b) · f64(s_b))
+
+A layer fits its accumulator of width A if |q_b| + Σ|q_w| · max|q_x − z| ≤ 2^(A−1) − 1.
 """
 
 from __future__ import annotations
@@ -23,10 +29,16 @@ from qbench.numerics.qparams import SMALLEST_SCALE, next_power_of_two
 # Beyond this a float32 rounding rule may not return the code that a bias on the grid was made from.
 RECOVERABLE_CODE = 2**22
 
+# Codes up to this width are stored in int32, behind a float32 dequantize operator.
+WIDEST_STORED_BITS = 32
+
+# Every integer up to here is a float64, with room for one rounding.
+LARGEST_WIDE_CODE = 2**52
+
 
 def code_limit(bits: int) -> int:
-    """Largest |q_b| that training hands out: the width's own limit, or what float32 rules can recover."""
-    return min(2 ** (bits - 1) - 1, RECOVERABLE_CODE)
+    """Largest |q_b| that training hands out: the width's own limit, or what the rules above can recover."""
+    return min(2 ** (bits - 1) - 1, RECOVERABLE_CODE if bits <= WIDEST_STORED_BITS else LARGEST_WIDE_CODE)
 
 
 def bias_scale(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
@@ -57,22 +69,29 @@ def bias_codes(bias: Tensor, scale: Tensor, bits: int = 32, *, symmetric: bool =
     Args:
         bias: float, (out,).
         scale: float, () or (out,).
-        bits: Width of a code, 8 to 32.
+        bits: Width of a code, 8 to 64.
         symmetric: Clamp to [−qmax, qmax]: without the lowest code −2^(bits−1).
 
     Returns:
         codes int64 (out,), and a bool mask (out,) of those that did not fit. NaN counts as not fitting, code 0.
     """
-    high = 2 ** (bits - 1) - 1
+    # Beyond the limit float64 would round 2^(bits−1) − 1 up to a number that wraps in int64.
+    high = min(2 ** (bits - 1) - 1, 2 * LARGEST_WIDE_CODE)
     low = -high if symmetric else -high - 1
     rounded = round_bias(bias, scale)
+    if bits > WIDEST_STORED_BITS:
+        rounded = round_bias(_wide_value(rounded, scale), scale)
     codes = torch.nan_to_num(rounded, nan=0.0).clamp(low, high)
     return codes.to(torch.int64), (codes != rounded)
 
 
-def dequantize_bias(codes: Tensor, scale: Tensor) -> Tensor:
-    """`b̂ = f32(f32(q_b) · s_b)`, what a dequantize operator makes of int32 codes."""
-    return codes.float() * scale
+def dequantize_bias(codes: Tensor, scale: Tensor, bits: int = 32) -> Tensor:
+    """`b̂`, float32: `f32(f32(q_b) · s_b)`, what a dequantize operator makes of int32 codes; wider ones in float64."""
+    return codes.float() * scale if bits <= WIDEST_STORED_BITS else _wide_value(codes, scale)
+
+
+def _wide_value(codes: Tensor, scale: Tensor) -> Tensor:
+    return (codes.double() * scale.double()).float()
 
 
 def weight_scale_floor(bias: Tensor, input_scale: Tensor, bits: int) -> Tensor:

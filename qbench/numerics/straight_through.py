@@ -4,7 +4,8 @@
     backward   ∂/∂x round(x) = 1;  a clipped value has gradient 0
 
 With a scale `s` that is learned, and the rounding residual `r = round(x/s) − x/s` held constant (LSQ, Esser et al.
-2020, equation 3): ∂(s·round(x/s))/∂s = r inside the range, and the bound that was reached outside it.
+2020, equation 3): ∂(s·round(x/s))/∂s = r inside the range, and the bound that was reached outside it. With a zero point
+`z` that is learned, too: ∂((code − z)·s)/∂z = 0 inside the range, where the code moves along, and −s outside it.
 
 An expression such as `x + (q − x).detach()` has these gradients too, but where `q` is far from `x` (a clipped value)
 not the bits: the sum rounds once more.
@@ -34,6 +35,23 @@ class _Replace(torch.autograd.Function):
 def straight_through(source: Tensor, value: Tensor) -> Tensor:
     """`value` going forward, the gradient to `source` going backward; same shape."""
     return _Replace.apply(source, value.detach())
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grads[0] * factor, None
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """`x` going forward, its gradient times `factor` (of the shape of `x`) going backward."""
+    return _ScaleGradient.apply(x, factor)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -70,11 +88,14 @@ class _FakeQuantize(torch.autograd.Function):
         grad_scale = None
         if ctx.needs_input_grad[1]:
             slope = torch.where(inside, steps - position, clipped) * grads[0].float()
-            grad_scale = _sum_by_scale(slope, axis, group_size)
-        return grads[0] * inside, grad_scale, None, None, None, None, None
+            grad_scale = sum_by_scale(slope, axis, group_size)
+        grad_zero = None
+        if ctx.needs_input_grad[2]:
+            grad_zero = sum_by_scale(torch.where(inside, 0.0, grads[0].float()), axis, group_size) * -scale
+        return grads[0] * inside, grad_scale, grad_zero, None, None, None, None
 
 
-def _sum_by_scale(values: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+def sum_by_scale(values: Tensor, axis: int | None, group_size: int | None) -> Tensor:
     """Sum of the values that share a scale: the counterpart of `along_axis`."""
     if group_size is not None:
         return values.unflatten(1, (-1, group_size)).sum(2)
@@ -82,9 +103,16 @@ def _sum_by_scale(values: Tensor, axis: int | None, group_size: int | None) -> T
     return values.sum(dims) if dims else values
 
 
-def fake_quantize_ste(x: Tensor, qparams: QParams) -> Tensor:
-    """`fake_quantize` with the straight-through gradient, in the dtype of `x` (computed in float32)."""
-    grid = qparams.scale, qparams.zero_point, qparams.qmin, qparams.qmax, qparams.axis, qparams.group_size
+def fake_quantize_ste(x: Tensor, qparams: QParams, zero_point: Tensor | None = None) -> Tensor:
+    """`fake_quantize` with the straight-through gradient, in the dtype of `x` (computed in float32).
+
+    Args:
+        x: float, any shape that the grid fits.
+        qparams: The grid; its scale may carry a gradient.
+        zero_point: The zero point of the grid as float32, where it is learned and carries a gradient.
+    """
+    zero_point = qparams.zero_point if zero_point is None else zero_point
+    grid = qparams.scale, zero_point, qparams.qmin, qparams.qmax, qparams.axis, qparams.group_size
     return _FakeQuantize.apply(x, *grid)
 
 
@@ -93,7 +121,7 @@ class _FakeQuantizeBias(torch.autograd.Function):
     def forward(ctx: Any, bias: Tensor, scale: Tensor, bits: int) -> Tensor:
         codes, saturated = bias_codes(bias, scale, bits)
         ctx.save_for_backward(bias, scale, codes, saturated)
-        return dequantize_bias(codes, scale)
+        return dequantize_bias(codes, scale, bits)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:

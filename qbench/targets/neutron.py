@@ -9,10 +9,14 @@ NEUTRON = Target(
     activation=QSpec(bits=8, signed=True, symmetric=False),
     weight=QSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     symmetric_bias=True,
+    requantization="done by NXP's converter; not stated",
+    verified="nothing beyond the Q/DQ program: trained codes are its codes, its values those of QAT eval",
+    unverified="NXP's converter and the NPU",
     sources={
         "activation int8 affine per tensor": "executorch/backends/nxp/quantizer/neutron_quantizer.py",
         "weight int8 symmetric in [-127, 127]": "the same",
         "bias int32 without the lowest code, added by a pass before lowering": "executorch/backends/nxp: the bias pass "
         "runs with symmetric_quant=True; its converter fails on a convolution without a quantized bias",
+        "requantization": "not public",
     },
 )

@@ -10,10 +10,13 @@ TOSA = Target(
     activation=QSpec(bits=8, signed=True, symmetric=False),
     weight=QSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     arithmetic=ARITHMETIC,
+    requantization="32-bit fixed-point multiplier and shift per channel (apply_scale_32)",
+    verified="integer arithmetic against the TOSA reference model (docs/integer.md)",
+    unverified="hardware",
     annotation={"_arm_annotation_info": {"quantized": True}},
     sources={
         "activation int8 asymmetric, weight int8 symmetric": "TOSA specification, CONV2D: weight zero point is 0",
         "bias int32 at s_in·s_w": "the same, input `bias`, int32 for int8 inputs",
-        "multiplier and shift": "TOSA specification, RESCALE: apply_scale_32",
+        "requantization by multiplier and shift": "TOSA specification, RESCALE: apply_scale_32",
     },
 )

@@ -64,7 +64,7 @@ def _program_bias(layer: Layer, constants: Constants, codes: ParameterCodes, spe
     on_grid = bias_scale(grid.qparams.scale, scale) if spec.scale == "input_weight" else codes.bias_scale
     found = bias_codes(bias, on_grid, spec.bits)[0]
     # A value off the grid has no code: a bias that was left in float must not pass for a quantized one.
-    return torch.where(dequantize_bias(found, on_grid) == bias, found, codes.bias + 1)
+    return torch.where(dequantize_bias(found, on_grid, spec.bits) == bias, found, codes.bias + 1)
 
 
 def output_grids(program: torch.export.ExportedProgram) -> list[QParams | None]:

@@ -93,7 +93,7 @@ class TestSpec:
         with pytest.raises(dataclasses.FrozenInstanceError):
             qbench.BiasSpec().bits = 8  # type: ignore[misc]
 
-    LIMITS = ((16, 2**15 - 1), (22, 2**21 - 1), (23, 2**22 - 1), (24, 2**22), (32, 2**22))
+    LIMITS = ((16, 2**15 - 1), (22, 2**21 - 1), (23, 2**22 - 1), (24, 2**22), (32, 2**22), (40, 2**39 - 1), (64, 2**52))
 
     @pytest.mark.parametrize(("bits", "limit"), LIMITS)
     def test_code_limit(self, bits: int, limit: int) -> None:
@@ -103,8 +103,8 @@ class TestSpec:
         ("arguments", "message"),
         [
             ((8,), r"would force weight scales so coarse.*get_qconfig\(bias_bits=8, bias_scale='own'\)"),
-            ((7, "own"), "a bias of 7 bits: expected 8 to 32"),
-            ((33,), "a bias of 33 bits"),
+            ((7, "own"), "a bias of 7 bits: expected 8 to 64"),
+            ((65,), "a bias of 65 bits"),
             ((None,), "a bias of None bits"),
             ((32, "other"), "bias scale 'other' is unknown; expected one of input_weight, own, own_pow2"),
         ],
