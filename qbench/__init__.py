@@ -12,6 +12,7 @@ from qbench.nn.qat import freeze_bn_stats, update_bn_stats
 from qbench.numerics.qparams import QParams, QSpec
 from qbench.preparation import preparation_report, prepare_qat
 from qbench.qconfig import QConfig, QuantizerConfig, get_qconfig
+from qbench.torch_ao import translate_qconfig
 from qbench.verification import verify
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "preparation_report",
     "register_pattern",
     "targets",
+    "translate_qconfig",
     "update_bn_stats",
     "verify",
 ]

@@ -26,6 +26,7 @@ from qbench.nn import ops
 from qbench.nn.intrinsic import Fused
 from qbench.nn.intrinsic.fused import as_types
 from qbench.nn.qat.body import QatModule
+from qbench.torch_ao import adopt
 
 # Where the reasons of a fused model are kept, for the report that `prepare_qat` makes.
 NOTES = "_qbench_fusion_notes"
@@ -48,9 +49,8 @@ def fuse(model: nn.Module, *, example_inputs: tuple[Any, ...] | None = None) -> 
     """
     if not isinstance(model, nn.Module):
         raise FusionError(f"fuse: got {type(model).__name__}, expected a torch.nn.Module")
-    fused = copy.deepcopy(model)
+    fused, notes = adopt(copy.deepcopy(model), () if example_inputs is None else (example_inputs,))
     places = Counter(id(module) for _, module in fused.named_modules(remove_duplicate=False))
-    notes: dict[str, str] = {}
     fused = _fuse_tree(fused, "", places, notes, {})
     object.__setattr__(fused, NOTES, notes)
     if example_inputs is not None:

@@ -18,6 +18,7 @@ from qbench.nn.qat.body import QatLayer, QatModule, check_finite
 from qbench.numerics.qparams import in_groups
 from qbench.qconfig import QConfig
 from qbench.report.preparation import LeftInFloat, PreparationReport, QuantizedModule
+from qbench.torch_ao import adopt
 
 _REPORT = "_qbench_preparation"
 
@@ -61,6 +62,7 @@ def prepare_qat(
     model = model if inplace else copy.deepcopy(model)
     if qconfig is not None:
         model.qconfig = qconfig  # type: ignore[assignment]
+    model, adopted = adopt(model, [args for args, _ in calls or ()])
     if all(m.__dict__.get("qconfig") is None for m in model.modules()):
         raise PreparationError(
             "prepare_qat: neither the model nor any of its modules has a qconfig; set model.qconfig = "
@@ -68,7 +70,7 @@ def prepare_qat(
         )
     known = {**mappings.default_mapping(), **_checked_mapping(mapping)}
     quantized: list[QuantizedModule] = []
-    left: list[LeftInFloat] = [LeftInFloat(path, "forward", reason) for path, reason in notes.items()]
+    left: list[LeftInFloat] = [LeftInFloat(path, "forward", reason) for path, reason in {**notes, **adopted}.items()]
     for path, module, wanted in _to_swap(model, "", None, known, set()):
         # All modules before the first is swapped: a refusal leaves no model half prepared.
         check_finite(module, path or type(module).__name__)

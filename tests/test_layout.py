@@ -20,6 +20,7 @@ FLOORS = (
     ("report",),
     ("nn",),
     ("mappings",),
+    ("torch_ao",),
     ("fusion",),
     ("linking",),
     ("preparation",),

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.nn.functional_calls import FunctionalCalls
 
-class Operation(nn.Module):
+
+class Operation(FunctionalCalls):
     """Base of the modules of this file, whose forward is one operation: `fuse` does not look inside."""
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.graph.qdq import quantized_decomposed
+from qbench.nn.functional_calls import FunctionalCalls
 from qbench.nn.qat.body import QatLayer, QatModule, QatOp, adopt_state
 from qbench.numerics.qparams import QParams
 
@@ -67,13 +68,16 @@ class ReferenceModule(nn.Module):
         return [grid(tensor) for grid, tensor in zip(self.inputs, tensors, strict=True)]
 
 
-class ReferenceOp(ReferenceModule):
+class ReferenceOp(ReferenceModule, FunctionalCalls):
     """Deployed form of an operation without parameters."""
 
     def __init__(self, qat: QatOp) -> None:
         super().__init__()
         self.op = qat.to_float()
         self._add_grids(qat)
+
+    def _operation(self) -> nn.Module:
+        return self.op
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Tensors -> the operation's output on its grid."""
