@@ -151,7 +151,7 @@ def get_qconfig(
         own.bits if bias_bits == "target" else bias_bits,  # type: ignore[arg-type]  # BiasSpec refuses other words
         own.scale if bias_scale == "target" else bias_scale,
     )
-    return QConfig(target=target, activation=activation, weight=QuantizerConfig(weight, LatestMinMaxObserver), bias=bias)
+    return QConfig(target, activation, QuantizerConfig(weight, LatestMinMaxObserver), bias)
 
 
 def _with_bits(spec: QSpec, bits: int | str) -> QSpec:

@@ -52,7 +52,8 @@ def power_of_two_exponent(scale: Tensor) -> Tensor:
 
 def requantization_shift(input_scale: Tensor, weight_scale: Tensor, output_scale: Tensor) -> Tensor:
     """`log2(s_out / (s_in · s_w))`; (), (out,) or (), () -> int64, the shape of s_w."""
-    return power_of_two_exponent(output_scale) - power_of_two_exponent(input_scale) - power_of_two_exponent(weight_scale)
+    output, *others = map(power_of_two_exponent, (output_scale, input_scale, weight_scale))
+    return output - others[0] - others[1]
 
 
 def bias_shift(input_scale: Tensor, weight_scale: Tensor, bias_scale: Tensor) -> Tensor:
