@@ -23,9 +23,10 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.graph.cleanup import remove_redundant_qdq
 from qbench.graph.qdq import quantized_decomposed
 from qbench.graph.recognise import is_dequantize, is_quantize
-from qbench.nn.qat.body import QatLayer, QatModule
+from qbench.nn.qat.body import ParameterCodes, QatLayer, QatModule
 from qbench.nn.reference import reference_of
 from qbench.numerics.bias import accumulator_bound, fits_accumulator
+from qbench.numerics.shifts import bias_shift, requantization_shift
 from qbench.preparation import quantized_modules
 from qbench.report.conversion import ConversionReport, DeployedLayer
 
@@ -62,6 +63,7 @@ def convert(
         )
     report = conversion_report(model, target=target)
     _warn_of_coarse_weights(report)
+    _warn_of_limits(report)
     quantized_decomposed()
     reference = _reference_model(model)
     program = _export(reference, example_inputs, dynamic_shapes)
@@ -124,6 +126,18 @@ def _warn_of_coarse_weights(report: ConversionReport) -> None:
         )
 
 
+def _warn_of_limits(report: ConversionReport) -> None:
+    beyond = report.beyond_limits
+    if beyond:
+        warnings.warn(
+            f"{len(beyond)} layer(s) lie outside what target {report.target} can shift, so its compiler will change "
+            f"their codes; the first is {beyond[0].path}: {beyond[0].beyond[0]}. qbench.conversion_report(model) lists "
+            "them",
+            QBenchWarning,
+            stacklevel=3,
+        )
+
+
 def _target(modules: dict[str, QatModule], target: str | targets.Target | None) -> targets.Target:
     if target is not None:
         return targets.get(target)
@@ -174,7 +188,8 @@ def _deployed(path: str, layer: QatLayer, target: targets.Target) -> DeployedLay
     source = layer.input_qparams()
     zero = int(source.zero_point)
     largest = max(source.qmax - zero, zero - source.qmin)
-    weight, layout = codes.weight, layer.layout()
+    grid, layout = codes.weight_qparams, layer.layout()
+    weight = codes.weight.long() - grid.spread(grid.zero_point, codes.weight)
     if layout.transposed:
         # (in, out/groups, …) -> (groups, in/groups, out/groups, …) -> (out, in/groups, …)
         grouped = weight.reshape(layout.groups, -1, *weight.shape[1:]).transpose(1, 2)
@@ -199,7 +214,19 @@ def _deployed(path: str, layer: QatLayer, target: targets.Target) -> DeployedLay
         int((coarsened > 1).sum()),
         float(coarsened.max()),
         int(codes.silenced.sum()),
+        _beyond_limits(layer, codes, target),
     )
+
+
+def _beyond_limits(layer: QatLayer, codes: ParameterCodes, target: targets.Target) -> tuple[str, ...]:
+    quantizer = layer.pre_activation_quantizer or layer.output_quantizer
+    if target.shifts is None or quantizer is None or codes.bias is None or codes.bias_scale is None:
+        return ()
+    input_scale = layer.input_qparams().scale
+    weight_scale = layer.layout().per_channel(codes.weight_qparams.scale)
+    requantize = requantization_shift(input_scale, weight_scale, quantizer.deployed_qparams().scale)
+    bias = bias_shift(input_scale, weight_scale, codes.bias_scale) if bool(codes.bias.any()) else None
+    return tuple(target.shifts.broken(requantize, bias))
 
 
 def _reference_model(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ class DeployedLayer:
         coarsened: Output channels (or scales) whose weight scale the bias floor raised, without silenced ones.
         largest_coarsening: The largest factor by which it did, 1.0 where nowhere; 2.0 costs such a channel one bit.
         silenced: Output channels whose weight codes the floor sent to 0.
+        beyond: What of it lies outside the target's limits of shifts, as sentences.
     """
 
     path: str
@@ -26,6 +27,7 @@ class DeployedLayer:
     coarsened: int
     largest_coarsening: float
     silenced: int
+    beyond: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,11 @@ class ConversionReport:
         """Layers in which the bias floor raised a weight scale."""
         return tuple(layer for layer in self.layers if layer.coarsened)
 
+    @property
+    def beyond_limits(self) -> tuple[DeployedLayer, ...]:
+        """Layers that the target's hardware cannot compute as they were trained."""
+        return tuple(layer for layer in self.layers if layer.beyond)
+
     def __str__(self) -> str:
         width = max((len(layer.path) for layer in self.layers), default=5)
         lines = [
@@ -60,4 +67,5 @@ class ConversionReport:
             scales = f"{low:.3g} … {high:.3g}"
             bias, accumulator = ("float" if n is None else n for n in (layer.largest_bias_code, layer.accumulator))
             lines.append(f"{layer.path:{width}}  {scales:>21}  {bias:>10}  {accumulator:>11}  {floor}")
+        lines += [f"{layer.path}: {sentence}" for layer in self.beyond_limits for sentence in layer.beyond]
         return "\n".join(lines)

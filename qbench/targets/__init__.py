@@ -1,18 +1,43 @@
-"""Targets: one file and one entry each."""
+"""Targets: one file each, with one entry for each deployment that differs."""
 
 from __future__ import annotations
 
 import difflib
 
 from qbench.errors import ConfigError
+from qbench.targets.academic import ACADEMIC
 from qbench.targets.base import Target
+from qbench.targets.esp_dl import ESP_DL, ESP_DL_P4
 from qbench.targets.neutron import NEUTRON
 from qbench.targets.onnxruntime import ONNXRUNTIME
+from qbench.targets.openvino import OPENVINO
+from qbench.targets.qnn import QNN
+from qbench.targets.snpe import SNPE
+from qbench.targets.tensorrt import TENSORRT
+from qbench.targets.tflite import TFLITE, TFLITE_16X8
 from qbench.targets.tosa import TOSA
+from qbench.targets.vitis import VITIS
+from qbench.targets.vulkan import VULKAN
 from qbench.targets.xnnpack import XNNPACK
 
 # Add a target here.
-TARGETS: tuple[Target, ...] = (ONNXRUNTIME, XNNPACK, NEUTRON, TOSA)
+TARGETS: tuple[Target, ...] = (
+    ONNXRUNTIME,
+    XNNPACK,
+    NEUTRON,
+    TOSA,
+    TENSORRT,
+    OPENVINO,
+    SNPE,
+    QNN,
+    VITIS,
+    ESP_DL,
+    ESP_DL_P4,
+    TFLITE,
+    TFLITE_16X8,
+    VULKAN,
+    ACADEMIC,
+)
 
 __all__ = ["TARGETS", "Target", "get", "names"]
 

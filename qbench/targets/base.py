@@ -79,8 +79,8 @@ class Target:
     arithmetic: Arithmetic | None = None
     annotation: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     requantization: str = ""
-    verified: str = ""
-    unverified: str = ""
+    verified: str = "the Q/DQ program alone: trained codes are its codes, its values those of QAT eval"
+    unverified: str = "the runtime and the hardware"
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

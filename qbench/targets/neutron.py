@@ -10,7 +10,6 @@ NEUTRON = Target(
     weight=QSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     symmetric_bias=True,
     requantization="done by NXP's converter; not stated",
-    verified="nothing beyond the Q/DQ program: trained codes are its codes, its values those of QAT eval",
     unverified="NXP's converter and the NPU",
     sources={
         "activation int8 affine per tensor": "executorch/backends/nxp/quantizer/neutron_quantizer.py",
