@@ -308,7 +308,7 @@ def _with_version(tensor: Tensor) -> Tensor:
 
 
 def _like(module: QatModule) -> FakeQuantize:
-    quantizer, own = module.qconfig.make_activation().train(module.training), module.output_quantizer
+    quantizer, own = module.qconfig.make_input().train(module.training), module.output_quantizer
     assert own is not None  # only modules with links ask for one
     quantizer.observer_enabled, quantizer.fake_quant_enabled = own.observer_enabled, own.fake_quant_enabled
     return quantizer.to(next((b.device for b in own.buffers()), "cpu"))

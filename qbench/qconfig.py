@@ -10,12 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from qbench import targets
 from qbench.errors import ConfigError
-from qbench.fake_quantize import BiasQuantizer, FakeQuantize
+from qbench.fake_quantize import BiasQuantizer, FakeQuantize, check_role, find_method
 from qbench.fake_quantize.bias import BiasSpec
 from qbench.numerics.qparams import QSpec
-from qbench.observers import LatestMinMaxObserver, MovingAverageMinMaxObserver, Observer
+from qbench.observers import LatestMinMaxObserver, MovingAverageMinMaxObserver, Observer, find_observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +29,30 @@ class QuantizerConfig:
         observer: Class that finds the range.
         fake_quantize: Class of the quantizer.
         observer_options: Further keyword arguments of the observer.
+        fake_quantize_options: Further keyword arguments of the quantizer.
     """
 
     spec: QSpec
     observer: type[Observer] = MovingAverageMinMaxObserver
     fake_quantize: type[FakeQuantize] = FakeQuantize
     observer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    fake_quantize_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
-    def make(self, *, axis: int | None = None) -> FakeQuantize:
-        """A new quantizer; `axis` moves the channel axis of a per-channel spec."""
+    def make(self, *, axis: int | None = None, weight: Tensor | None = None) -> FakeQuantize:
+        """A new quantizer.
+
+        Args:
+            axis: Moves the channel axis of a per-channel spec.
+            weight: What it will quantize: quantizers that learn a scale per channel take its shape.
+        """
         spec = self.spec
         if axis is not None and spec.axis is not None and spec.axis != axis:
             spec = dataclasses.replace(spec, axis=axis)
-        return self.fake_quantize(spec, self.observer(spec, **self.observer_options))
+        observer = self.observer(spec, **self.observer_options)
+        quantizer = self.fake_quantize(spec, observer, **self.fake_quantize_options)
+        if weight is not None:
+            quantizer.fit_to(weight)
+        return quantizer
 
     def __str__(self) -> str:
         return f"{self.spec} ({self.observer.__name__}, {self.fake_quantize.__name__})"
@@ -56,6 +69,7 @@ class QConfig:
         weight: The same for weights, never None; a `QSpec` stands for min–max of the weight at hand.
         bias: Width and scale rule of the bias; `"target"` for the target's own; says nothing where activations stay
             float.
+        input: Quantizer of inputs that arrive in float; None for that of activations.
 
     Raises:
         ConfigError: an unknown target, or a width, a bias rule or a weight-only form that the target does not have.
@@ -65,6 +79,7 @@ class QConfig:
     activation: QuantizerConfig | QSpec | str | None = "target"
     weight: QuantizerConfig | QSpec | str = "target"
     bias: BiasSpec = "target"  # type: ignore[assignment]  # filled below
+    input: QuantizerConfig | QSpec | None = None
 
     def __post_init__(self) -> None:
         target = targets.get(self.target)
@@ -76,6 +91,8 @@ class QConfig:
         if self.activation is not None:
             default = target.activation or QSpec()
             fill(self, "activation", _as_config(self.activation, default, MovingAverageMinMaxObserver))
+        if self.input is not None:
+            fill(self, "input", _as_config(self.input, QSpec(), MovingAverageMinMaxObserver))
         fill(self, "weight", _as_config(self.weight, target.weight, LatestMinMaxObserver))
         _check_roles(self)
         _check_target(self, target)
@@ -103,9 +120,17 @@ class QConfig:
         """
         return _made(self.activation).make()
 
-    def make_weight(self, *, axis: int) -> FakeQuantize:
-        """A new weight quantizer whose channels lie along `axis`."""
-        return _made(self.weight).make(axis=axis)
+    def make_input(self) -> FakeQuantize:
+        """A new quantizer of an input that arrives in float.
+
+        Raises:
+            ConfigError: activations stay float.
+        """
+        return self.make_activation() if self.input is None else _made(self.input).make()
+
+    def make_weight(self, *, axis: int, weight: Tensor | None = None) -> FakeQuantize:
+        """A new quantizer for `weight`, whose channels lie along `axis`."""
+        return _made(self.weight).make(axis=axis, weight=weight)
 
     def make_bias(self) -> BiasQuantizer:
         """A new bias quantizer."""
@@ -124,10 +149,14 @@ def get_qconfig(
     activation_bits: int | str | None = "target",
     bias_bits: int | str = "target",
     bias_scale: str = "target",
-    observer: type[Observer] = MovingAverageMinMaxObserver,
+    observer: str | type[Observer] | None = None,
     group_size: int | None = None,
+    method: str | type[FakeQuantize] = "fixed",
+    activation_method: str | type[FakeQuantize] | None = None,
+    weight_method: str | type[FakeQuantize] | None = None,
+    weight_observer: str | type[Observer] | None = None,
 ) -> QConfig:
-    """The target's QConfig with other widths.
+    """The target's QConfig with other widths, other ranges, or quantizers that learn.
 
     Args:
         target: Name of a target; `"target"` below stands for its own choice.
@@ -135,8 +164,13 @@ def get_qconfig(
         activation_bits: Width of activation codes; None leaves activations and biases in float.
         bias_bits: Width of bias codes.
         bias_scale: `"input_weight"`, `"own"` or `"own_pow2"`.
-        observer: Finds the range of activations.
+        observer: Finds the range of activations, or where a learned one starts: a name of
+            `qbench.observers.OBSERVERS` or a class; None leaves it to the method.
         group_size: Neighbours along a weight's input features that share a scale; only with activation_bits=None.
+        method: How to quantize, a name of `qbench.fake_quantize.METHODS` (docs/quantizers.md) or a class.
+        activation_method: The same for activations alone.
+        weight_method: The same for weights alone.
+        weight_observer: As `observer`, for weights.
 
     Raises:
         ConfigError: the target does not have what is asked for; the message names what it has.
@@ -144,14 +178,30 @@ def get_qconfig(
     found = targets.get(target)
     activation = None
     if activation_bits is not None and not (activation_bits == "target" and found.activation is None):
-        activation = QuantizerConfig(_with_bits(found.activation or QSpec(), activation_bits), observer)
-    weight = dataclasses.replace(_with_bits(found.weight, weight_bits), group_size=group_size)
+        spec = _with_bits(found.activation or QSpec(), activation_bits)
+        activation = _quantizer("activation", spec, activation_method or method, observer)
+    elif activation_method is not None or observer is not None:
+        raise ConfigError(
+            f"activation_method={activation_method!r}, observer={observer!r}: activations stay in float; give "
+            "activation_bits, activation_bits=8 for example"
+        )
+    spec = dataclasses.replace(_with_bits(found.weight, weight_bits), group_size=group_size)
+    weight = _quantizer("weight", spec, weight_method or method, weight_observer)
     own = found.bias if activation is not None else BiasSpec()
     bias = BiasSpec(
         own.bits if bias_bits == "target" else bias_bits,  # type: ignore[arg-type]  # BiasSpec refuses other words
         own.scale if bias_scale == "target" else bias_scale,
     )
-    return QConfig(target, activation, QuantizerConfig(weight, LatestMinMaxObserver), bias)
+    return QConfig(target, activation, weight, bias)
+
+
+def _quantizer(
+    role: str, spec: QSpec, method: str | type[FakeQuantize], observer: str | type[Observer] | None
+) -> QuantizerConfig:
+    found = find_method(method)
+    default = found.activation_observer if role == "activation" else found.weight_observer
+    kind = found.activation if role == "activation" else found.weight
+    return QuantizerConfig(spec, default if observer is None else find_observer(observer, role), kind)
 
 
 def _with_bits(spec: QSpec, bits: int | str) -> QSpec:
@@ -188,14 +238,20 @@ def _made(config: QuantizerConfig | QSpec | str | None) -> QuantizerConfig:
 
 def _check_roles(config: QConfig) -> None:
     weight = _made(config.weight)
+    check_role(weight.fake_quantize, "weight")
+    weight.fake_quantize.check_spec(weight.spec)
     if config.activation is not None:
-        _check_activation(_made(config.activation))
+        for config_of_activation in (config.activation, config.input):
+            if config_of_activation is not None:
+                _check_activation(_made(config_of_activation))
         size = weight.spec.group_size
         if size is not None:
             raise ConfigError(
                 f"weight {weight.spec}: integer arithmetic has one scale per output channel, so groups need float "
                 f"activations; get_qconfig(activation_bits=None, group_size={size}) or group_size=None"
             )
+    elif config.input is not None:
+        raise ConfigError("QConfig(activation=None, input=...): activations stay float, so inputs do; leave input out")
     elif config.bias != BiasSpec():
         raise ConfigError(
             f"bias {config.bias}: with activation=None there is no input scale for it, so it stays float; leave bias "
@@ -211,6 +267,8 @@ def _check_roles(config: QConfig) -> None:
 
 
 def _check_activation(activation: QuantizerConfig) -> None:
+    check_role(activation.fake_quantize, "activation")
+    activation.fake_quantize.check_spec(activation.spec)
     if activation.spec.axis is not None:
         raise ConfigError(
             f"activation {activation.spec}: an activation has one scale, as hardware accumulates over its channels; "
@@ -230,7 +288,8 @@ def _check_target(config: QConfig, target: targets.Target) -> None:
             f"activation=None: target {target.name} computes on integers alone, so activations must be quantized; "
             f"activation_bits={target.bits[-1]} does that. Targets with float activations: {having}"
         )
-    for role, quantizer in (("activation", config.activation), ("weight", config.weight)):
+    roles = (("activation", config.activation), ("activation", config.input), ("weight", config.weight))
+    for role, quantizer in roles:
         if quantizer is not None:
             target.check(role, _made(quantizer).spec)
     target.check_bias(config.bias)

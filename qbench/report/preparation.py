@@ -70,6 +70,27 @@ class FloatOperation:
 
 
 @dataclasses.dataclass(frozen=True)
+class AppliedOverride:
+    """An override of `prepare_by_target` and what it hit.
+
+    Attributes:
+        rule: The override, in words.
+        modules: Paths of the modules that it holds for.
+        parts: Paths of parts of fused layers that it names in vain, with the layer that they belong to.
+    """
+
+    rule: str
+    modules: tuple[str, ...]
+    parts: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        listed = ", ".join(path or "(root)" for path in self.modules)
+        text = f"{self.rule}: {len(self.modules)} module(s): {listed}" if self.modules else f"{self.rule}: no module"
+        within = ", ".join(f"{part} in {layer}" for part, layer in self.parts)
+        return text + (f"; not for parts of fused layers: {within}" if within else "")
+
+
+@dataclasses.dataclass(frozen=True)
 class PreparationReport:
     """Everything that was quantized and everything that was not.
 
@@ -80,6 +101,7 @@ class PreparationReport:
         left_in_float: Modules that stay float, and forwards whose operations do, with the reason.
         float_operations: Operators that compute in float from quantized tensors.
         unreached: Paths of QAT modules that no recorded forward reached.
+        overrides: What `prepare_by_target` was asked for module by module, and what that hit.
         links_recorded: False while the first forward is still to be recorded.
     """
 
@@ -90,6 +112,7 @@ class PreparationReport:
     unreached: tuple[str, ...] = ()
     links_recorded: bool = False
     float_operations: tuple[FloatOperation, ...] = ()
+    overrides: tuple[AppliedOverride, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.quantized)} modules quantized"]
@@ -98,6 +121,7 @@ class PreparationReport:
             lines.append(f"{weight_only} of them in their weight only: input, output and bias stay float")
         if not self.links_recorded:
             lines.append("links: the first forward will be recorded")
+        lines += [f"override {applied}" for applied in self.overrides]
         lines += [f"input {i.index} of {i.path}: quantized there, {i.reason}" for i in self.float_inputs]
         lines += [f"one quantizer: {', '.join(s.paths)} ({s.reason})" for s in self.shared]
         lines += [f"left in float: {f.path or '(root)'} [{f.kind}], {f.reason}" for f in self.left_in_float]
