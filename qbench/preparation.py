@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from qbench.nn.intrinsic import Fused
 from qbench.nn.qat.body import QatLayer, QatModule, check_finite
 from qbench.numerics.qparams import in_groups
 from qbench.qconfig import QConfig
-from qbench.report.preparation import LeftInFloat, PreparationReport, QuantizedModule
+from qbench.report.preparation import AppliedOverride, LeftInFloat, PreparationReport, QuantizedModule
 from qbench.torch_ao import adopt
 
 _REPORT = "_qbench_preparation"
@@ -113,6 +114,12 @@ def preparation_report(model: nn.Module) -> PreparationReport:
     return report
 
 
+def report_overrides(model: nn.Module, overrides: tuple[AppliedOverride, ...]) -> None:
+    """Note in a prepared model's report which override hit which modules."""
+    report = dataclasses.replace(preparation_report(model), overrides=overrides)
+    object.__setattr__(model, _REPORT, report)
+
+
 def _warn_of_float_parameters(report: PreparationReport) -> None:
     unasked = [found for found in report.left_in_float if found.parameters and not found.on_purpose]
     if unasked:
@@ -138,12 +145,11 @@ class _RecordFirstForward:
 def _link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
     found = linking.link(model, calls)
     before = preparation_report(model)
-    report = PreparationReport(
-        before.quantized,
-        found.float_inputs,
-        found.shared,
-        before.left_in_float,
-        found.unreached,
+    report = dataclasses.replace(
+        before,
+        float_inputs=found.float_inputs,
+        shared=found.shared,
+        unreached=found.unreached,
         links_recorded=True,
         float_operations=found.float_operations,
     )
