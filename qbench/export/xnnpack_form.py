@@ -6,12 +6,14 @@ clamp       it fuses ReLU with every arithmetic op, hardtanh with convolutions a
 narrow      it saturates to int8, whatever range a quantize op names: fewer bits are a clamp to that range's reals
 branches    ops that share a dequantize op are put into one group, and a group that something leaves and enters again
             (a residual block) splits the delegate: each reader gets a dequantize op of its own
+splits      it takes slices of fixed sizes, not splits: a split would end the delegate and begin another behind it
 weights     a weight range of [−8, 7] would be read as packed 4-bit codes; the codes are stored in int8
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from typing import cast
 
 import torch
@@ -27,12 +29,14 @@ from qbench.graph.qdq import quantized_decomposed
 aten = torch.ops.aten
 
 _RELU = (0.0, math.inf)
+_SPLITS = frozenset({aten.split, aten.split_with_sizes, aten.chunk})
 
 
 def to_xnnpack_form(program: ExportedProgram) -> ExportedProgram:
     """Rewrite a program in place, with the rewrites of this file and of `xnnpack_limits` in order; returns it."""
     graphs.infer_sizes(program)
     graphs.keep_mean_dims(program)
+    slice_splits(program)
     graphs.close_views(program)
     close_views_of_inputs(program)
     graphs.shift_codes(program, torch.int8)
@@ -43,6 +47,26 @@ def to_xnnpack_form(program: ExportedProgram) -> ExportedProgram:
     separate_outputs(program)
     separate_dequantizes(program)
     return graphs.finish(program)
+
+
+def slice_splits(program: ExportedProgram) -> int:
+    """Turn the parts of splits along an axis of known size into slices; returns how many parts were."""
+    sliced = 0
+    for node in list(program.graph.nodes):
+        if node.target is not operator.getitem or packet(node.args[0].target) not in _SPLITS:
+            continue
+        split, index = node.args
+        source, dim = split.args[0], split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+        sizes = [part.shape[dim] for part in split.meta["val"]]
+        if not all(isinstance(size, int) for size in sizes):
+            continue
+        start, size = sum(sizes[:index]), sizes[index]
+        graphs.replace_everywhere(
+            program, node, graphs.insert_after(split, aten.slice.Tensor, (source, dim, start, start + size))
+        )
+        sliced += 1
+    program.graph.eliminate_dead_code()
+    return sliced
 
 
 def clamp_before_quantize(program: ExportedProgram) -> int:

@@ -51,6 +51,34 @@ def test_a_residual_network_is_one_delegate_and_takes_every_batch(tmp_path: Path
         assert steps.max() < 6, "float rounding at ties grows through the layers, and no more"
 
 
+class Split(nn.Module):
+    """Two branches of a split that are joined again, as in ShuffleNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = hand.Layer((8, 8, 3, 3), 0.02, (0.02, 3), padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = hand.qdq(x, 0.02, 3).chunk(2, dim=1)
+        return hand.qdq(torch.cat([first, self.conv(second)], 1), 0.02, 3)
+
+
+@pytest.mark.parametrize(("batch", "delegates"), [(None, 1), (torch.export.Dim("batch", max=64), 2)])
+def test_a_split_is_inside_the_delegate_unless_the_batch_is_dynamic(
+    batch: object, delegates: int, tmp_path: Path
+) -> None:
+    """XNNPACK's slices have fixed sizes; with a dynamic batch ExecuTorch's own kernel moves the codes."""
+    shapes = None if batch is None else ({0: batch},)
+    program = hand.export(Split(), x := torch.randn(3, 16, 9, 9), dynamic_shapes=shapes)
+    report = to_executorch(program, tmp_path / "net.pte")
+    assert report.delegates == delegates
+    assert {node.op for node in report.not_delegated} == (set() if batch is None else {"aten.slice_copy"})
+    [[got]] = run_executorch(report.path, [[x.numpy()]], 1)
+    expected = program.module()(x).detach().numpy()
+    assert np.count_nonzero(got[:, :8] != expected[:, :8]) == 0, "the half that is only moved"
+    assert np.abs(got - expected).max() < 0.03, "one step, where float rounding meets a tie"
+
+
 class Narrow(nn.Module):
     """4-bit activations, ReLU6 behind a convolution and behind an add, and an op that XNNPACK does not take."""
 

@@ -68,6 +68,10 @@ def joined(x: Tensor) -> Tensor:
     return hand.qdq(F.relu6(first + second), 0.02, 0)
 
 
+def shuffled(x: Tensor) -> Tensor:
+    return joined(hand.qdq(torch.cat(x.split([3, 1, 4], dim=-3)[::-1], 1), 0.02, 0))
+
+
 CASES: dict[str, nn.Module] = {
     "relu at a bound": clamped(F.relu, zero_point=-128),
     "relu inside the range": clamped(F.relu),
@@ -82,6 +86,8 @@ CASES: dict[str, nn.Module] = {
     "uint8": clamped(F.relu, UINT8, 128),
     "add, relu6, four bits": Between(lambda x: hand.qdq(F.relu6(x + x), 0.3, -8, FOUR_BITS)),
     "chunks, add": Between(joined),
+    "uneven splits, from the end": Between(shuffled),
+    "a part that nothing reads": Between(lambda x: hand.qdq(F.relu6(x.split(3, 1)[1]), 0.02, 0)),
     "view before a linear": After(lambda x: x.flatten(1), (5, 648)),
     "linear on 4 dims": After(lambda x: x, (5, 9)),
     "linear on 4 dims, relu": After(lambda x: x.permute(0, 2, 3, 1), (5, 8), activation=F.relu),
@@ -154,6 +160,12 @@ def test_xnnpack_gets_activations_that_it_fuses(case: str, activations: list) ->
     for node in program.graph.nodes:
         if node.target is quantized_decomposed().quantize_per_tensor.default:
             assert node.args[3:] == hand.INT8
+
+
+def test_xnnpack_gets_slices_for_splits() -> None:
+    program = to_xnnpack_form(copy_program(hand.export(CASES["uneven splits, from the end"], torch.randn(IMAGE))))
+    found = Counter(packet(node.target) for node in program.graph.nodes)
+    assert found[aten.slice] == 5 and not found.keys() & {aten.split, aten.split_with_sizes, aten.chunk}
 
 
 def test_a_dynamic_batch_is_inferred_and_not_computed() -> None:
