@@ -23,8 +23,9 @@ from torch import fx, nn
 from qbench import mappings
 from qbench.errors import FusionError
 from qbench.nn import ops
+from qbench.nn.frozen import known_types
 from qbench.nn.intrinsic import Fused
-from qbench.nn.intrinsic.fused import as_types
+from qbench.nn.intrinsic.fused import matches_part
 from qbench.nn.qat.body import QatModule
 from qbench.torch_ao import adopt
 
@@ -182,6 +183,8 @@ def _fuse_tree(
 def _has_own_forward(module: nn.Module) -> bool:
     if isinstance(module, (Fused, QatModule, ops.Operation, fx.GraphModule)):
         return False
+    if any(kind in mappings.default_mapping() for kind in known_types(module)):
+        return False  # it is quantized as a whole
     if isinstance(module, nn.Sequential):
         return True
     own = type(module).__module__
@@ -279,7 +282,7 @@ def _match(
     for position, wanted in enumerate(wrapper.part_types):
         fits = current is not None and (not position or usable(current))
         part = _as_module(module, current) if current is not None and fits else None
-        if current is None or part is None or type(part) not in as_types(wanted):
+        if current is None or part is None or not matches_part(part, wanted):
             return ()
         if position and (current.op == "call_module") and len(current.args) != 1:
             return ()

@@ -19,29 +19,47 @@ from qbench.nn import ops
 from qbench.nn import qat as nnqat
 from qbench.nn.intrinsic import Fused
 from qbench.nn.intrinsic import qat as nniqat
-from qbench.nn.intrinsic.fused import as_types
+from qbench.nn.intrinsic.fused import as_types, matches_part
 from qbench.nn.qat.body import QatModule
 
 QAT_CLASSES: tuple[type[QatModule], ...] = (
     nniqat.ConvBnReLU1d,
     nniqat.ConvBnReLU2d,
     nniqat.ConvBnReLU3d,
+    nniqat.ConvTransposeBnReLU1d,
     nniqat.ConvTransposeBnReLU2d,
+    nniqat.ConvTransposeBnReLU3d,
     nniqat.LinearBnReLU1d,
     nniqat.ConvBn1d,
     nniqat.ConvBn2d,
     nniqat.ConvBn3d,
+    nniqat.ConvTransposeBn1d,
     nniqat.ConvTransposeBn2d,
+    nniqat.ConvTransposeBn3d,
     nniqat.LinearBn1d,
     nniqat.ConvReLU1d,
     nniqat.ConvReLU2d,
     nniqat.ConvReLU3d,
+    nniqat.ConvTransposeReLU1d,
+    nniqat.ConvTransposeReLU2d,
+    nniqat.ConvTransposeReLU3d,
     nniqat.LinearReLU,
+    nniqat.BnReLU1d,
+    nniqat.BnReLU2d,
+    nniqat.BnReLU3d,
     nnqat.Conv1d,
     nnqat.Conv2d,
     nnqat.Conv3d,
+    nnqat.ConvTranspose1d,
     nnqat.ConvTranspose2d,
+    nnqat.ConvTranspose3d,
     nnqat.Linear,
+    nnqat.BatchNorm1d,
+    nnqat.BatchNorm2d,
+    nnqat.BatchNorm3d,
+    nnqat.FrozenBatchNorm1d,
+    nnqat.FrozenBatchNorm2d,
+    nnqat.FrozenBatchNorm3d,
     nnqat.Add,
     nnqat.AddReLU,
     nnqat.Sub,
@@ -186,11 +204,11 @@ def wrapper_of(parts: tuple[nn.Module, ...]) -> type[Fused]:
     """
     for wrapper in wrappers():
         if len(wrapper.part_types) == len(parts) and all(
-            type(part) in as_types(wanted) for part, wanted in zip(parts, wrapper.part_types, strict=True)
+            matches_part(part, wanted) for part, wanted in zip(parts, wrapper.part_types, strict=True)
         ):
             return wrapper
     given = ", ".join(type(part).__name__ for part in parts)
-    alike = [w.describe() for w in wrappers() if type(parts[0]) in as_types(w.part_types[0])] if parts else []
+    alike = [w.describe() for w in wrappers() if matches_part(parts[0], w.part_types[0])] if parts else []
     raise FusionError(
         f"no pattern is ({given}); patterns that start alike: {'; '.join(alike) or 'none'}. A new one is class data "
         "and qbench.register_pattern, see docs/patterns.md"

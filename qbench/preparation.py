@@ -14,8 +14,9 @@ from qbench import linking, mappings
 from qbench.errors import ConfigError, LinkError, PreparationError, QBenchError, QBenchWarning
 from qbench.fake_quantize import FakeQuantize
 from qbench.fusion import NOTES
+from qbench.nn.frozen import known_types
 from qbench.nn.intrinsic import Fused
-from qbench.nn.qat.body import QatLayer, QatModule, check_finite
+from qbench.nn.qat.body import QatModule, check_finite
 from qbench.numerics.qparams import in_groups
 from qbench.qconfig import QConfig
 from qbench.report.preparation import AppliedOverride, LeftInFloat, PreparationReport, QuantizedModule
@@ -60,6 +61,7 @@ def prepare_qat(
         raise PreparationError(f"prepare_qat: got {type(model).__name__}, expected a torch.nn.Module")
     calls = None if example_inputs is None else _as_calls(example_inputs)
     notes = getattr(model, NOTES, {})
+    fused = hasattr(model, NOTES) or any(isinstance(module, Fused) for module in model.modules())
     model = model if inplace else copy.deepcopy(model)
     if qconfig is not None:
         model.qconfig = qconfig  # type: ignore[assignment]
@@ -87,6 +89,8 @@ def prepare_qat(
     report = PreparationReport(quantized=tuple(quantized), left_in_float=tuple(left))
     object.__setattr__(model, _REPORT, report)
     _warn_of_float_parameters(report)
+    if not fused:
+        _warn_of_batch_norms(report)
     if calls is not None:
         _link(model, calls)
     elif any(isinstance(m, FakeQuantize) and m.learned for m in model.modules()):
@@ -129,6 +133,18 @@ def _warn_of_float_parameters(report: PreparationReport) -> None:
             f"prepare_qat leaves {len(unasked)} module(s) with parameters in float: {listed}{more}. The first because: "
             f"{unasked[0].reason}. qbench.preparation_report(model) says why for each; qconfig = None on a module says "
             "that it is meant to stay in float",
+            QBenchWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_batch_norms(report: PreparationReport) -> None:
+    alone = [found.path for found in report.quantized if found.float_type.startswith("BatchNorm")]
+    if alone:
+        more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+        warnings.warn(
+            f"prepare_qat leaves {len(alone)} BatchNorm(s) to themselves ({', '.join(alone[:3])}{more}), each with a "
+            "quantizer before it: qbench.fuse(model) first folds those that follow a layer",
             QBenchWarning,
             stacklevel=3,
         )
@@ -198,10 +214,10 @@ def _swap(
             "qbench.QConfig: qbench.get_qconfig('onnxruntime')"
         )
     result = module
-    qat_type = known.get(type(module))
+    qat_type = _qat_type(module, known)
     if isinstance(module, QatModule):
         left.append(LeftInFloat(path, type(module).__name__, "it is a QAT module already"))
-    elif qat_type is not None and _is_quantized(qat_type, qconfig):
+    elif qat_type is not None and _is_quantized(module, qat_type, qconfig):
         assert qconfig is not None
         result, lost_hooks = _make_qat(module, path, qat_type, qconfig)
         if lost_hooks:
@@ -237,16 +253,23 @@ def _to_swap(
     if id(module) in seen or isinstance(module, QatModule):
         return
     seen.add(id(module))
-    if qconfig is not None and type(module) in known and _is_quantized(known[type(module)], qconfig):
+    qat_type = _qat_type(module, known)
+    if qconfig is not None and qat_type is not None and _is_quantized(module, qat_type, qconfig):
         yield path, module, qconfig
     elif not isinstance(module, Fused):
         for name, child in module.named_children():
             yield from _to_swap(child, f"{path}.{name}" if path else name, qconfig, known, seen)
 
 
-def _is_quantized(qat_type: type[QatModule], qconfig: QConfig | None) -> bool:
+def _qat_type(
+    module: nn.Module, known: Mapping[type[nn.Module], type[QatModule]]
+) -> type[QatModule] | None:
+    return next((known[kind] for kind in known_types(module) if kind in known), None)
+
+
+def _is_quantized(module: nn.Module, qat_type: type[QatModule], qconfig: QConfig | None) -> bool:
     """Whether there is something to quantize: weight-only, an operation without a weight stays as it is."""
-    return isinstance(qconfig, QConfig) and (not qconfig.weight_only or issubclass(qat_type, QatLayer))
+    return isinstance(qconfig, QConfig) and not qat_type.accepts(module, qconfig)
 
 
 def _check_groups(module: nn.Module, path: str, qconfig: QConfig) -> None:
@@ -331,15 +354,17 @@ _TRANSPARENT = (
 def _reason_for_float(module: nn.Module, qat_type: type[QatModule] | None, qconfig: QConfig | None) -> str:
     """Why a module stays float; empty for what has nothing to quantize."""
     if qat_type is not None:
-        return "its qconfig is None" if qconfig is None else ""  # weight-only, and it has no weight
+        if qconfig is None:
+            return "its qconfig is None"
+        # Without parameters, weight-only has nothing to say of it.
+        parameters = any(True for _ in module.parameters())
+        return qat_type.accepts(module, qconfig) if parameters or not qconfig.weight_only else ""
     if isinstance(module, Fused):
         return f"no QAT class is registered for {type(module).__name__}: qbench.register_pattern" if qconfig else ""
     leaf = not any(True for _ in module.children())
     # An empty Sequential is a branch that hands its input on.
     if not leaf or isinstance(module, _TRANSPARENT) or type(module) is nn.Sequential:
         return ""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "it stands alone: qbench.fuse folds a BatchNorm into the layer before it, unless others read that layer"
     if type(module).__module__.startswith("torch.nn"):
         return f"no QAT class for {type(module).__name__}"
     if any(True for _ in module.parameters(recurse=False)):

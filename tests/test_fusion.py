@@ -471,8 +471,9 @@ class OwnBatchNorm(nn.BatchNorm2d):
 def test_subclasses_are_not_fused(parts: list[nn.Module]) -> None:
     model = randomise_statistics(nn.Sequential(*parts))
     fused = qbench.fuse(model)
-    assert not count(fused)
-    assert [type(part) for part in fused] == [type(part) for part in parts]
+    # A BatchNorm behind a layer that is not known may still take the ReLU.
+    assert set(count(fused)) <= {"BnReLU2d"}
+    assert type(fused[0]) is type(parts[0])
     assert_same_outputs(model, fused, images())
 
 
@@ -580,7 +581,7 @@ def test_fuse_modules_takes_one_chain_and_changes_the_model_itself_on_request() 
         (["conv1", "bn_1"], ("no module 'bn_1'", "'bn1'")),
         (["body.conv1", "bn1"], ("no module 'body.conv1'", "'conv1'")),
         (["nowhere", "bn1"], ("no module 'nowhere'",)),
-        (["conv1", "relu", "bn1"], ("no pattern is (Conv2d, ReLU, BatchNorm2d)", "Conv2d, BatchNorm2d, ReLU|ReLU6")),
+        (["conv1", "relu", "bn1"], ("no pattern is (Conv2d, ReLU, BatchNorm2d)", "d|FrozenBatchNorm2d, ReLU|ReLU6")),
         (["bn1", "conv1"], ("no pattern is (BatchNorm2d, Conv2d)", "register_pattern")),
         (["conv1"], ("no pattern is (Conv2d)",)),
     ],

@@ -17,7 +17,9 @@ import qbench.nn.intrinsic.qat as nniqat
 import qbench.nn.qat as nnqat
 from qbench import mappings
 from qbench.errors import ConfigError, FusionError
+from qbench.nn.intrinsic.fused import as_types
 from qbench.nn.qat.body import QatLayer, QatModule
+from qbench.nn.qat.kinds import BatchNormKind
 
 # Models that are not fused leave their BatchNorm in float, and preparation says so.
 pytestmark = pytest.mark.filterwarnings("ignore:prepare_qat leaves:qbench.errors.QBenchWarning")
@@ -42,16 +44,18 @@ def test_every_class_is_importable_and_extends_the_layer_that_it_quantizes(kind:
     if not issubclass(kind, QatLayer):
         assert issubclass(kind, kind.float_type)
         return
-    assert issubclass(kind, kind.linear_type)
+    stands_alone = issubclass(kind, BatchNormKind)  # no BatchNorm itself, see there
+    assert stands_alone or issubclass(kind, kind.linear_type)
     if issubclass(kind.float_type, nni.Fused):
         assert kind.float_type is getattr(nni, kind.__name__)
         assert kind.float_type in mappings.wrappers()
-        first = kind.float_type.part_types[0]
-        assert first is kind.linear_type
-        activation = kind.float_type.part_types[-1]
-        has_activation = isinstance(activation, tuple)
+        parts = [as_types(part) for part in kind.float_type.part_types]
+        assert parts[0][0] is kind.linear_type
+        has_activation = nn.ReLU in parts[-1]
         assert (kind.activation is not None) == has_activation
-        assert (kind.bn_type() is not None) == (len(kind.float_type.part_types) - has_activation == 2)
+        assert (kind.bn_type() is not None) == (stands_alone or len(parts) - has_activation == 2)
+        if kind.bn_type() is not None and kind.bn_type() is not kind.linear_type:
+            assert [found.__name__.removeprefix("Frozen") for found in parts[1]] == [kind.bn_type().__name__] * 2
 
 
 def test_each_float_type_has_one_class_and_long_chains_come_first() -> None:

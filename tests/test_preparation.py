@@ -112,10 +112,8 @@ def test_weights_of_standalone_layers_keep_their_names_and_values(
 
 def test_a_model_that_was_never_fused_is_prepared() -> None:
     model = train(prepare(SmallNet()), images())
-    assert count(model) == {"Conv2d": 3, "Linear": 1, "AdaptiveAvgPool2d": 1}
-    left = {found.path: found.reason for found in qbench.preparation_report(model).left_in_float}
-    assert set(left) == {"bn1", "bn2", "bn3"}
-    assert all("fold" in reason for reason in left.values())
+    assert count(model) == {"Conv2d": 3, "BatchNorm2d": 3, "Linear": 1, "AdaptiveAvgPool2d": 1}
+    assert qbench.preparation_report(model).left_in_float == ()
     assert_exact(model, qbench.convert(model, (images(),)), images(seed=3))
 
 
@@ -292,7 +290,11 @@ def test_the_mode_stays(training: bool) -> None:
 # What is reported.
 
 LEFT: dict[str, tuple[nn.Module, dict[str, str]]] = {
-    "batch norm first": (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), {"0": "it stands alone"}),
+    "batch norm first": (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), {}),
+    "batch norm without statistics": (
+        nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Conv2d(3, 4, 3)),
+        {"0": "no running statistics"},
+    ),
     "other types": (
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Softplus(), nn.PReLU(), nn.Conv2d(4, 4, 1)),
         {"1": "GroupNorm", "2": "Softplus", "3": "PReLU"},
@@ -324,12 +326,22 @@ def test_everything_left_in_float_is_reported(name: str) -> None:
 
 @pytest.mark.filterwarnings("error:prepare_qat leaves")
 def test_parameters_left_in_float_are_warned_of_unless_that_was_asked_for() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Bilinear(4, 4, 4), nn.LSTM(4, 4))
+    with pytest.warns(QBenchWarning, match=r"leaves 2 module\(s\) with parameters in float: 1 \[Bilinear\]"):
+        qbench.prepare_qat(model, qconfig=QCONFIG)
+    model[1].qconfig = model[2].qconfig = None
+    qbench.prepare_qat(model, qconfig=QCONFIG)
+
+
+@pytest.mark.filterwarnings("error:prepare_qat leaves")
+def test_a_forgotten_fuse_is_warned_of() -> None:
     model = SmallNet()
-    with pytest.warns(QBenchWarning, match=r"leaves 3 module\(s\) with parameters in float: bn1 \[BatchNorm2d\]"):
+    with pytest.warns(QBenchWarning, match=r"leaves 3 BatchNorm\(s\) .* \(bn1, bn2, bn3\).*qbench\.fuse\(model\)"):
         prepare(model)
     model.bn1.qconfig = model.bn2.qconfig = model.bn3.qconfig = None
     prepare(model)
     prepare(qbench.fuse(SmallNet()))
+    prepare(qbench.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3))))
 
 
 def test_the_report_says_what_became_of_what() -> None:

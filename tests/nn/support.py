@@ -53,6 +53,14 @@ CASES = [
     Case("conv1d", nnqat.Conv1d, lambda: nn.Conv1d(3, 5, 3, stride=2), (4, 3, 9)),
     Case("conv3d", nnqat.Conv3d, lambda: nn.Conv3d(2, 3, 2, padding=1), (2, 2, 4, 3, 3)),
     Case("conv transposed", nnqat.ConvTranspose2d, lambda: nn.ConvTranspose2d(3, 5, 3, stride=2), (2, 3, 4, 5)),
+    Case("conv1d transposed", nnqat.ConvTranspose1d, lambda: nn.ConvTranspose1d(3, 5, 3, stride=2), (2, 3, 7)),
+    Case("conv3d transposed", nnqat.ConvTranspose3d, lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 2, 3, 4, 3)),
+    Case(
+        "transposed relu",
+        nniqat.ConvTransposeReLU2d,
+        lambda: nni.ConvTransposeReLU2d(nn.ConvTranspose2d(3, 5, 3), nn.Hardtanh(-0.5, 0.5)),
+        (2, 3, 4, 5),
+    ),
     Case("linear", nnqat.Linear, lambda: nn.Linear(11, 5), (6, 11)),
     Case("linear 3d", nnqat.Linear, lambda: nn.Linear(11, 5), (6, 4, 11)),
     Case("conv relu", nniqat.ConvReLU2d, lambda: nni.ConvReLU2d(nn.Conv2d(3, 5, 3), nn.ReLU()), (4, 3, 7, 6)),
@@ -98,6 +106,12 @@ CASES = [
         nniqat.ConvTransposeBnReLU2d,
         lambda: nni.ConvTransposeBnReLU2d(nn.ConvTranspose2d(3, 5, 3, stride=2), nn.BatchNorm2d(5), nn.ReLU()),
         (2, 3, 4, 5),
+    ),
+    Case(
+        "conv3d transposed bn",
+        nniqat.ConvTransposeBn3d,
+        lambda: nni.ConvTransposeBn3d(nn.ConvTranspose3d(2, 3, 2, bias=False), nn.BatchNorm3d(3)),
+        (3, 2, 3, 4, 3),
     ),
     Case(
         "linear bn", nniqat.LinearBn1d, lambda: nni.LinearBn1d(nn.Linear(11, 5), nn.BatchNorm1d(5)), (16, 11)

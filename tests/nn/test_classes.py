@@ -20,6 +20,7 @@ from qbench.mappings import QAT_CLASSES
 from qbench.nn import qat as nnqat
 from qbench.nn.intrinsic.fused import as_types
 from qbench.nn.qat.body import QatLayer, QatModule, QatOp
+from qbench.nn.qat.kinds import BatchNormKind
 
 from .support import batch, in_eval, on_grid, same_bits, trained, with_input
 
@@ -28,11 +29,16 @@ PARTS: dict[type[nn.Module], Callable[[], nn.Module]] = {
     nn.Conv1d: lambda: nn.Conv1d(4, 6, 3, stride=2, groups=2),
     nn.Conv2d: lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2),
     nn.Conv3d: lambda: nn.Conv3d(4, 6, 2),
+    nn.ConvTranspose1d: lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, output_padding=1),
     nn.ConvTranspose2d: lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1),
+    nn.ConvTranspose3d: lambda: nn.ConvTranspose3d(4, 6, 2, groups=2, dilation=2),
     nn.Linear: lambda: nn.Linear(4, 6),
     nn.BatchNorm1d: lambda: nn.BatchNorm1d(6, eps=1e-3),
     nn.BatchNorm2d: lambda: nn.BatchNorm2d(6, eps=1e-3),
     nn.BatchNorm3d: lambda: nn.BatchNorm3d(6, eps=1e-3),
+    qnn.FrozenBatchNorm1d: lambda: qnn.FrozenBatchNorm1d(6, eps=1e-3),
+    qnn.FrozenBatchNorm2d: lambda: qnn.FrozenBatchNorm2d(6, eps=1e-3),
+    qnn.FrozenBatchNorm3d: lambda: qnn.FrozenBatchNorm3d(6, eps=1e-3),
     nn.ReLU: nn.ReLU,
     nn.ReLU6: nn.ReLU6,
     qnn.Add: qnn.Add,
@@ -54,7 +60,12 @@ PARTS: dict[type[nn.Module], Callable[[], nn.Module]] = {
     nn.Sigmoid: nn.Sigmoid,
     nn.Tanh: nn.Tanh,
 }
-DIMS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.ConvTranspose2d: 2, nn.Linear: 0}
+DIMS = {
+    **{nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.Linear: 0},
+    **{nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3},
+    **{nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3},
+    **{qnn.FrozenBatchNorm1d: 1, qnn.FrozenBatchNorm2d: 2, qnn.FrozenBatchNorm3d: 3},
+}
 
 
 def float_modules(qat: type[QatModule]) -> Iterator[nn.Module]:
@@ -70,7 +81,12 @@ def example(qat: type[QatModule]) -> tuple[Tensor, ...]:
     if issubclass(qat, QatOp):
         count = 2 if issubclass(qat, (qnn.Add, qnn.Sub, qnn.Mul, qnn.Cat)) else 1
         return tuple(batch((2, 4, 5, 5), seed=seed) for seed in range(count))
-    return (batch((8, 4, *[5] * DIMS[qat.linear_type])),)
+    return (batch((8, 6 if stands_alone(qat) else 4, *[5] * DIMS[qat.linear_type])),)
+
+
+def stands_alone(qat: type[QatModule]) -> bool:
+    """Whether it is made of a BatchNorm alone: then it derives from none, see `BatchNormKind`."""
+    return issubclass(qat, BatchNormKind)
 
 
 def name(qat: type[QatModule]) -> str:
@@ -104,7 +120,11 @@ class TestTable:
     @classes
     def test_it_is_a_subclass_of_the_torch_layer_it_extends(self, qat: type[QatModule]) -> None:
         first = as_types(qat.float_type.part_types[0])[0] if issubclass(qat.float_type, nni.Fused) else qat.float_type
-        assert issubclass(qat, first) and issubclass(qat, QatModule)
+        assert issubclass(qat, QatModule)
+        if stands_alone(qat):
+            assert qat.linear_type is first and not issubclass(qat, nn.modules.batchnorm._BatchNorm)
+            return
+        assert issubclass(qat, first)
         for module in float_modules(qat):
             made = qat.from_float(module, qbench.get_qconfig())
             assert isinstance(made, first)
@@ -118,13 +138,15 @@ class TestTable:
 
     @layers
     def test_it_is_class_data_only(self, qat: type[QatLayer]) -> None:
-        assert {key for key in vars(qat) if not key.startswith("__")} <= {"float_type", "activation"}
+        assert {key for key in vars(qat) if not key.startswith("__")} <= {"float_type", "activation"} | (
+            {"linear_type"} if stands_alone(qat) else set()
+        )
 
     @layers
     def test_bn_type_and_activation_agree_with_the_chain(self, qat: type[QatLayer]) -> None:
-        parts = getattr(qat.float_type, "part_types", ())
+        parts = getattr(qat.float_type, "part_types", (qat.float_type,))
         kinds = [as_types(part)[0] for part in parts]
-        assert (qat.bn_type() is not None) == any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds)
+        assert (qat.bn_type() is not None) == any("BatchNorm" in kind.__name__ for kind in kinds)
         assert (qat.activation is not None) == any(issubclass(kind, (nn.ReLU, nn.ReLU6)) for kind in kinds)
 
 
@@ -166,7 +188,8 @@ class TestRoundTrip:
             layer = with_input(qat.from_float(module, qbench.get_qconfig()), *example(qat))
             layer.train()
             out = layer(*example(qat))
-            (out * torch.randn_like(out)).sum().backward()
+            if out.requires_grad:  # a frozen BatchNorm alone has nothing to train
+                (out * torch.randn_like(out)).sum().backward()
             with torch.no_grad():
                 for parameter in layer.parameters():
                     parameter -= 0.1 * parameter.grad
@@ -218,7 +241,7 @@ class TestQConfig:
     @layers
     def test_weight_axis_is_that_of_the_layer(self, qat: type[QatLayer]) -> None:
         made = qat.from_float(next(float_modules(qat)), qbench.get_qconfig())
-        transposed = issubclass(qat, nn.ConvTranspose2d)
+        transposed = issubclass(qat, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
         assert made.weight_quantizer.spec.axis == (1 if transposed else 0)
         assert made.weight_quantizer.spec.qmin == -127
 
@@ -277,9 +300,9 @@ class TestRefusals:
             (nni.ConvBn2d, lambda: (nn.Conv2d(3, 4, 3),), r"ConvBn2d\(Conv2d\): expected ConvBn2d\(Conv2d, Batch"),
             (nni.ConvBn2d, lambda: (nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3)), r"ConvBn2d\(BatchNorm2d, Conv2d\): exp"),
             (nni.ConvBn2d, lambda: (nn.Conv1d(3, 4, 3), nn.BatchNorm2d(4)), r"ConvBn2d\(Conv1d, BatchNorm2d\): exp"),
-            (nni.ConvReLU2d, lambda: (nn.Conv2d(3, 4, 3), nn.GELU()), r"expected ConvReLU2d\(Conv2d, ReLU\|ReLU6\)"),
+            (nni.ConvReLU2d, lambda: (nn.Conv2d(3, 4, 3), nn.GELU()), r"expected ConvReLU2d\(Conv2d, ReLU\|ReLU6\|H"),
             (nni.LinearReLU, lambda: (nn.Linear(3, 4), nn.ReLU(), nn.ReLU()), r"LinearReLU\(Linear, ReLU, ReLU\)"),
-            (nni.LinearReLU, lambda: (), r"LinearReLU\(\): expected LinearReLU\(Linear, ReLU\|ReLU6\)"),
+            (nni.LinearReLU, lambda: (), r"LinearReLU\(\): expected LinearReLU\(Linear, ReLU\|ReLU6\|Hardtanh\)"),
             (
                 nni.ConvBn2d,
                 lambda: (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
@@ -344,7 +367,8 @@ class TestWrappers:
         parts = [PARTS[as_types(part)[0]]() for part in wrapper.part_types]
         module = wrapper(*parts)
         assert all(ours is theirs for ours, theirs in zip(module, parts, strict=True))
-        x = batch((8, 4, *[5] * DIMS[as_types(wrapper.part_types[0])[0]]))
+        first = as_types(wrapper.part_types[0])[0]
+        x = batch((8, 6 if "BatchNorm" in first.__name__ else 4, *[5] * DIMS[first]))
         assert same_bits(module.eval()(x), nn.Sequential(*parts)(x))
         assert pickle.loads(pickle.dumps(wrapper)) is wrapper
 

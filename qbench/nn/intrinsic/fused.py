@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qbench.errors import FusionError
+from qbench.nn.frozen import known_types
 
 PartType = type[nn.Module] | tuple[type[nn.Module], ...]
 
@@ -34,7 +35,9 @@ class Fused(nn.Sequential):
         """Raise FusionError unless `parts` can make this wrapper."""
         if len(parts) != len(cls.part_types) or not all(map(matches_part, parts, cls.part_types)):
             given = ", ".join(type(part).__name__ for part in parts)
-            raise FusionError(f"{cls.__name__}({given}): expected {cls.__name__}({cls.describe()})")
+            fitting = _wrapper_that_fits(parts)
+            hint = f"; {fitting.__name__}({given}) is the wrapper of these parts" if fitting is not None else ""
+            raise FusionError(f"{cls.__name__}({given}): expected {cls.__name__}({cls.describe()}){hint}")
         for linear, bn in itertools.pairwise(parts):
             # A BatchNorm with fixed statistics is no `_BatchNorm`, but has the same attributes.
             if isinstance(bn, _BatchNorm) or isinstance(getattr(bn, "running_mean", None), Tensor):
@@ -53,7 +56,18 @@ def as_types(part: PartType) -> tuple[type[nn.Module], ...]:
 
 def matches_part(module: Any, part: PartType) -> bool:
     """Whether a module is one of these types itself: a subclass may compute something else."""
-    return type(module) in as_types(part)
+    return not set(as_types(part)).isdisjoint(known_types(module))
+
+
+def _wrapper_that_fits(parts: tuple[nn.Module, ...]) -> type[Fused] | None:
+    """A wrapper whose chain these parts are, for a message."""
+    waiting = list(Fused.__subclasses__())
+    while waiting:
+        kind = waiting.pop(0)
+        waiting += kind.__subclasses__()
+        if kind.part_types and len(parts) == len(kind.part_types) and all(map(matches_part, parts, kind.part_types)):
+            return kind
+    return None
 
 
 def _check_foldable(wrapper: str, linear: nn.Module, bn: Any) -> None:

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qbench.errors import FusionError, LinkError, NumericsError, PreparationError
 from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.fake_quantize.producers import producer_of
+from qbench.nn.frozen import FrozenBatchNorm, known_types
 from qbench.nn.intrinsic.fused import Fused, as_types
 from qbench.numerics.epilogue import epilogue
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
@@ -90,7 +91,7 @@ class QatModule(nn.Module):
             FusionError: the module is of another type.
             PreparationError: there is no qconfig.
         """
-        if type(module) is not cls.float_type:
+        if cls.float_type not in known_types(module):
             raise FusionError(
                 f"{cls.__name__}.from_float: got {type(module).__name__}, expected {cls.float_type.__name__}; "
                 f"{cls.__name__}.from_float({cls.float_type.__name__}(...)) works"
@@ -106,6 +107,14 @@ class QatModule(nn.Module):
         qat._adopt(module, qconfig)
         qat.train(module.training)
         return qat
+
+    @classmethod
+    def accepts(cls, module: nn.Module, qconfig: QConfig) -> str:
+        """Why this very module stays float under this qconfig, for the preparation report; empty where it does not.
+
+        Here: without quantized activations, an operation has nothing to quantize.
+        """
+        return "weight-only quantization: it computes in float, on float activations" if qconfig.weight_only else ""
 
     def _adopt(self, module: nn.Module, qconfig: QConfig) -> None:
         adopt_state(self, module)
@@ -243,15 +252,22 @@ class QatLayer(QatModule):
     def __init__(self, *args: Any, qconfig: QConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         bn_type = self.bn_type()
-        out_channels = self.layout().out_channels(self.weight)
+        out_channels = self.layout().out_channels(self.linear_weight)
         self._complete(
             bn_type(out_channels) if bn_type else None, self.activation() if self.activation else None, qconfig
         )
 
     @classmethod
+    def accepts(cls, module: nn.Module, qconfig: QConfig) -> str:
+        """See `QatModule.accepts`: a layer has a weight, whatever the qconfig, but not every target computes it."""
+        if qconfig.deployment.computes(cls.linear_type):
+            return ""
+        return f"target {qconfig.target} computes no {cls.linear_type.__name__} on codes"
+
+    @classmethod
     def bn_type(cls) -> type[nn.Module] | None:
         """The BatchNorm of the chain."""
-        parts = getattr(cls.float_type, "part_types", ())
+        parts = getattr(cls.float_type, "part_types", (cls.float_type,))
         types = (kind for part in parts for kind in as_types(part))
         return next((kind for kind in types if is_batch_norm(kind)), None)
 
@@ -280,13 +296,13 @@ class QatLayer(QatModule):
         self.bn = bn
         self.activation_module = activation
         self.bn_frozen = False
-        self.weight_quantizer = qconfig.make_weight(axis=self.layout().axis)
+        self.weight_quantizer = qconfig.make_weight(axis=self.layout().axis, weight=self.linear_weight)
         if self.weight_quantizer.spec.group_size is not None:
-            in_groups(self.weight, self.weight_quantizer.spec.group_size)  # raises where they do not fit
+            in_groups(self.linear_weight, self.weight_quantizer.spec.group_size)  # raises where they do not fit
         self.bias_quantizer = None if qconfig.weight_only else qconfig.make_bias()
         whole = qconfig.weight_only or qconfig.deployment.fuses(activation)
         self.pre_activation_quantizer = None if whole else qconfig.make_activation()
-        self.to(self.weight.device)
+        self.to(self.linear_weight.device)
 
     def to_float(self) -> nn.Module:
         """The float module (a wrapper where this is a wrapper's QAT form) with the trained parameters."""
@@ -298,6 +314,31 @@ class QatLayer(QatModule):
         return self.float_type(linear, *parts) if issubclass(self.float_type, Fused) else linear
 
     # What a kind of layer says of itself.
+
+    @property
+    def linear_weight(self) -> Tensor:
+        """`W`: the weight of the linear part."""
+        return self.weight
+
+    @property
+    def linear_bias(self) -> Tensor | None:
+        """`b`: the bias of the linear part."""
+        return self.bias
+
+    @property
+    def batch_norm(self) -> Any:
+        """What holds γ, β, the running statistics and ε; None without a BatchNorm."""
+        return self.bn
+
+    @property
+    def learns_statistics(self) -> bool:
+        """Whether training moves running statistics: a frozen BatchNorm has fixed ones."""
+        return isinstance(self.bn, _BatchNorm)
+
+    def normalize_batch(self, y: Tensor) -> Tensor:
+        """BatchNorm as it is in training: the batch's statistics, and an update of the running ones."""
+        normalized: Tensor = self.bn(y)  # type: ignore[misc]
+        return normalized
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The linear part, one call."""
@@ -317,21 +358,22 @@ class QatLayer(QatModule):
         grid, folded, scale = self.quantized_parameters()
         weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid.folded_float()
         bias = self._deployed_bias(folded, scale)
-        y = self.linear(x, weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype), *args)
+        dtype = self.linear_weight.dtype
+        y = self.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype), *args)
         return self._epilogue(y)
 
     def _deployed_bias(self, folded: Tensor, scale: Tensor | None) -> Tensor | None:
         """`b̂`, or `b_f` without a scale for it; None where activations stay float and the layer has no bias."""
         if self.bias_quantizer is not None:
             return folded if scale is None else self.bias_quantizer(folded, scale)
-        return None if self.bias is None and self.bn is None else folded
+        return None if self.linear_bias is None and self.batch_norm is None else folded
 
     def _train_forward(self, x: Tensor, *args: Any) -> Tensor:
         # The running statistics as they stand before this batch's update: `bn` moves them below.
         grid, bias, scale = self.quantized_parameters(detach=True)
         error = None if scale is None or self.bias_quantizer is None else self.bias_quantizer(bias, scale) - bias
-        weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else self.weight
-        y = self.linear(x, weight.to(self.weight.dtype), self.bias, *args)
+        weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else grid.weight
+        y = self.linear(x, weight.to(grid.weight.dtype), self.linear_bias, *args)
         return self._epilogue(y, bias_error=error, silenced=grid.silenced if scale is not None else None)
 
     def _epilogue(self, y: Tensor, *, bias_error: Tensor | None = None, silenced: Tensor | None = None) -> Tensor:
@@ -347,11 +389,11 @@ class QatLayer(QatModule):
         )
 
     def _normalize(self, y: Tensor, silenced: Tensor | None) -> Tensor:
-        bn = self.bn
-        if not isinstance(bn, _BatchNorm) or silenced is None or bn.running_mean is None or bn.running_var is None:
-            return bn(y)  # type: ignore[misc]
+        bn = self.batch_norm
+        if silenced is None or bn.running_mean is None or bn.running_var is None:
+            return self.normalize_batch(y)
         before = bn.running_mean.clone(), bn.running_var.clone()
-        normalized = bn(y)
+        normalized = self.normalize_batch(y)
         # A channel of zeros has variance 0: letting that into the statistics would make k explode.
         # `.data`: autograd saved these buffers for the eval form of its backward, which training does not read; an
         # ordinary in-place write would make it refuse.
@@ -360,7 +402,7 @@ class QatLayer(QatModule):
         return normalized
 
     def _uses_batch_statistics(self) -> bool:
-        return self.training and isinstance(self.bn, _BatchNorm) and not self.bn_frozen
+        return self.training and self.learns_statistics and not self.bn_frozen
 
     # Parameters.
 
@@ -373,7 +415,7 @@ class QatLayer(QatModule):
             detach: Cut the gradient to the BatchNorm and the bias (for the bias error in training).
         """
         bn = self._bn_tensors()
-        bias = self.bias
+        weight, bias = self.linear_weight, self.linear_bias
         if detach:
             bn = None if bn is None else _detached(bn)
             bias = None if bias is None else bias.detach()
@@ -381,19 +423,23 @@ class QatLayer(QatModule):
         if bn is not None and factor is not None:
             folded = fold_bias(bias, bn, factor)
         else:
-            folded = self.weight.new_zeros(self.layout().out_channels(self.weight)) if bias is None else bias
+            folded = weight.new_zeros(self.layout().out_channels(weight)) if bias is None else bias
         input_scale = self._input_scale()
         if input_scale is None or self.bias_quantizer is None:
-            return self._weight_grid(factor, None), folded, None
-        grid = self._weight_grid(factor, self.bias_quantizer.weight_scale_floor(folded, input_scale))
+            return self._weight_grid(weight, factor, None), folded, None
+        grid = self._weight_grid(weight, factor, self.bias_quantizer.weight_scale_floor(folded, input_scale))
         return grid, folded, self.bias_quantizer.scale(folded, input_scale, grid.channel_scale())
 
-    def _weight_grid(self, factor: Tensor | None, floor: Tensor | None) -> WeightGrid:
+    def _weight_grid(self, weight: Tensor, factor: Tensor | None, floor: Tensor | None) -> WeightGrid:
         quantizer, layout = self.weight_quantizer, self.layout()
+        weight = quantizer.shaped(weight) if quantizer.fake_quant_enabled else weight
         if quantizer.scales_with_tensor and not (layout.transposed and layout.groups > 1):
-            return moving_grid(self.weight, factor, layout, quantizer.qparams_of(self.weight), floor)
-        power_of_two = quantizer.spec.power_of_two
-        return folded_grid(self.weight, factor, layout, quantizer.qparams_of, floor, power_of_two=power_of_two)
+            rounding = quantizer.fake_quantize if quantizer.clips else None
+            return moving_grid(weight, factor, layout, quantizer.qparams_of(weight), floor, rounding)
+        power_of_two, rounding = quantizer.spec.power_of_two, quantizer.fake_quantize
+        return folded_grid(
+            weight, factor, layout, quantizer.qparams_of, floor, power_of_two=power_of_two, rounding=rounding
+        )
 
     def _input_scale(self) -> Tensor | None:
         source = self._sources[0] if self._sources else None
@@ -402,7 +448,7 @@ class QatLayer(QatModule):
         return source.snapshot().scale
 
     def _bn_tensors(self) -> BatchNormTensors | None:
-        bn: Any = self.bn
+        bn = self.batch_norm
         if bn is None:
             return None
         return BatchNormTensors(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
@@ -473,7 +519,7 @@ class QatLayer(QatModule):
 # Attributes of a QAT module that its float form does not have.
 # (`bn` and its like are plain attributes where they are None).
 _OWN_STATE = frozenset(
-    {"qconfig", "_sources", "bn", "bn_frozen", "activation_module", "pre_activation_quantizer"}
+    {"qconfig", "_sources", "bn", "bn_frozen", "activation_module", "pre_activation_quantizer", "linear_type"}
 )
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
@@ -492,7 +538,7 @@ def adopt_state(target: nn.Module, source: nn.Module) -> None:
 
 def is_batch_norm(kind: type[nn.Module]) -> bool:
     """Whether a type is a BatchNorm that folds: PyTorch's, or one with fixed statistics and the same names."""
-    return issubclass(kind, _BatchNorm) or kind.__name__.startswith("FrozenBatchNorm")
+    return issubclass(kind, (_BatchNorm, FrozenBatchNorm)) or kind.__name__.startswith("FrozenBatchNorm")
 
 
 def check_finite(module: nn.Module, label: str) -> None:

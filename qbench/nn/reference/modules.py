@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from qbench.graph.qdq import quantized_decomposed
 from qbench.nn.functional_calls import FunctionalCalls
 from qbench.nn.qat.body import QatLayer, QatModule, QatOp, adopt_state
+from qbench.nn.qat.kinds import BatchNormKind
 from qbench.numerics.qparams import QParams
 
 
@@ -126,12 +127,16 @@ class ReferenceLayer(ReferenceModule):
         (x,) = self.quantized_inputs((input,))
         if self.call.padding is not None:
             (x,) = self.quantized_inputs((self.call.pad(x),))
+        flat = self.call.lacks_length and x.ndim == 2
+        if flat:  # (batch, channels) -> (batch, channels, 1), which must not stand between the dq and the convolution
+            (x,) = self.quantized_inputs((x.unsqueeze(-1),))
         y = self.call(x, self.weight(), self.bias, *args)
         if self.pre_activation is not None:
             y = self.pre_activation(y)
         if self.activation is not None:
             y = self.activation(y)
-        return y if self.output is None else self.output(y)
+        y = y if self.output is None else self.output(y)
+        return y.squeeze(-1) if flat else y
 
 
 def _out_of_place(activation: nn.Module | None) -> nn.Module | None:
@@ -161,6 +166,7 @@ class FloatCall:
             shell.padding, shell.padding_mode = (0,) * len(shell.kernel_size), "zeros"
         self.kind = type(qat)
         self.shell = shell
+        self.lacks_length = issubclass(self.kind, BatchNormKind)
 
     def pad(self, x: Tensor) -> Tensor:
         """Reflection, replication or circular padding."""

@@ -7,7 +7,18 @@ from typing import ClassVar
 from torch import nn
 
 from qbench.nn import intrinsic as nni
-from qbench.nn.qat.kinds import Conv1dKind, Conv2dKind, Conv3dKind, ConvTranspose2dKind, LinearLayerKind
+from qbench.nn.qat.kinds import (
+    BatchNorm1dKind,
+    BatchNorm2dKind,
+    BatchNorm3dKind,
+    Conv1dKind,
+    Conv2dKind,
+    Conv3dKind,
+    ConvTranspose1dKind,
+    ConvTranspose2dKind,
+    ConvTranspose3dKind,
+    LinearLayerKind,
+)
 
 
 class ConvBn1d(Conv1dKind):
@@ -70,6 +81,26 @@ class ConvReLU3d(Conv3dKind):
     activation = nn.ReLU
 
 
+class ConvTransposeBn1d(ConvTranspose1dKind):
+    """ConvTransposeBn1d with quantized folded weight, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.ConvTransposeBn1d
+
+
+class ConvTransposeBnReLU1d(ConvTransposeBn1d):
+    """ConvTransposeBnReLU1d with quantized folded weight, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.ConvTransposeBnReLU1d
+    activation = nn.ReLU
+
+
+class ConvTransposeReLU1d(ConvTranspose1dKind):
+    """ConvTransposeReLU1d with quantized folded weight, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.ConvTransposeReLU1d
+    activation = nn.ReLU
+
+
 class ConvTransposeBn2d(ConvTranspose2dKind):
     """ConvTransposeBn2d with quantized folded weight, bias and output."""
 
@@ -80,6 +111,33 @@ class ConvTransposeBnReLU2d(ConvTransposeBn2d):
     """ConvTransposeBnReLU2d with quantized folded weight, bias and output."""
 
     float_type: ClassVar[type[nni.Fused]] = nni.ConvTransposeBnReLU2d
+    activation = nn.ReLU
+
+
+class ConvTransposeReLU2d(ConvTranspose2dKind):
+    """ConvTransposeReLU2d with quantized folded weight, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.ConvTransposeReLU2d
+    activation = nn.ReLU
+
+
+class ConvTransposeBn3d(ConvTranspose3dKind):
+    """ConvTransposeBn3d with quantized folded weight, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.ConvTransposeBn3d
+
+
+class ConvTransposeBnReLU3d(ConvTransposeBn3d):
+    """ConvTransposeBnReLU3d with quantized folded weight, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.ConvTransposeBnReLU3d
+    activation = nn.ReLU
+
+
+class ConvTransposeReLU3d(ConvTranspose3dKind):
+    """ConvTransposeReLU3d with quantized folded weight, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.ConvTransposeReLU3d
     activation = nn.ReLU
 
 
@@ -100,4 +158,25 @@ class LinearBnReLU1d(LinearBn1d):
     """LinearBnReLU1d with quantized folded weight, bias and output."""
 
     float_type: ClassVar[type[nni.Fused]] = nni.LinearBnReLU1d
+    activation = nn.ReLU
+
+
+class BnReLU1d(BatchNorm1dKind):
+    """BnReLU1d with quantized factor, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.BnReLU1d
+    activation = nn.ReLU
+
+
+class BnReLU2d(BatchNorm2dKind):
+    """BnReLU2d with quantized factor, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.BnReLU2d
+    activation = nn.ReLU
+
+
+class BnReLU3d(BatchNorm3dKind):
+    """BnReLU3d with quantized factor, bias and output."""
+
+    float_type: ClassVar[type[nni.Fused]] = nni.BnReLU3d
     activation = nn.ReLU
