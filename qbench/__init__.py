@@ -10,6 +10,8 @@ from qbench.fusion import fuse, fuse_modules
 from qbench.mappings import register_pattern
 from qbench.nn.qat import freeze_bn_stats, update_bn_stats
 from qbench.numerics.qparams import QParams, QSpec
+from qbench.one_call import prepare_by_target
+from qbench.overrides import Override
 from qbench.preparation import preparation_report, prepare_qat
 from qbench.qconfig import QConfig, QuantizerConfig, get_qconfig
 from qbench.torch_ao import translate_qconfig
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BiasSpec",
+    "Override",
     "QConfig",
     "QParams",
     "QSpec",
@@ -36,6 +39,7 @@ __all__ = [
     "fuse_modules",
     "get_qconfig",
     "integer_model",
+    "prepare_by_target",
     "prepare_qat",
     "load_program",
     "nn",
