@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from qbench.export.runtimes import RUNTIMES
 from qbench.fake_quantize.bias import BIAS_SCALES
 from qbench.job import FLOAT_TRAINING, QAT_TRAINING, REPORT_FILE, Job, run, versions
 from qbench.past_runs import verify_again
+from qbench.report.targets import target_details, target_table
 from qbench.report.text import run_table, verification_table
 from qbench.training import Settings
 
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qbench: interrupted; nothing was written", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # a reader, `head` say, that has seen enough; what is left unwritten must not raise again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -68,6 +73,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     verdict = "every promised 0 is 0" if found.kept else "a promised 0 is not 0"
     print(f"{verdict}; report: {arguments.folder / REPORT_FILE}")
     return 0 if found.kept else 1
+
+
+def _targets(arguments: argparse.Namespace) -> int:
+    name = arguments.name
+    print(target_table(targets.TARGETS) if name is None else target_details(targets.get(name)), flush=True)
+    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,6 +111,13 @@ def build_parser() -> argparse.ArgumentParser:
     again.add_argument("--data", help="digits, or imagefolder:DIR (default: the data of the run)")
     again.add_argument("--verify-images", type=_positive, metavar="N", help="at most so many (default: as the run)")
     again.set_defaults(do=_verify)
+    known = commands.add_parser(
+        "targets",
+        help="list the targets: their grids, their rules, where each is from, what was verified",
+        description="Without a name: a table of all targets. With one: everything of that target.",
+    )
+    known.add_argument("name", nargs="?", metavar="NAME", help=", ".join(targets.names()))
+    known.set_defaults(do=_targets)
     return parser
 
 

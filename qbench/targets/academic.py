@@ -16,7 +16,7 @@ ACADEMIC = Target(
     accumulator_bits=64,
     first_last_bits=8,
     weight_only=True,
-    requantization="none: values are compared, not codes",
+    requantization="none",
     unverified="there is no runtime",
     sources={
         "activation, weight of any width": "ModelTC/MQBench mqbench/prepare_by_platform.py: BackendType.Academic",

@@ -9,7 +9,7 @@ NEUTRON = Target(
     activation=QSpec(bits=8, signed=True, symmetric=False),
     weight=QSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     symmetric_bias=True,
-    requantization="done by NXP's converter; not stated",
+    requantization="not public",
     unverified="NXP's converter and the NPU",
     sources={
         "activation int8 affine per tensor": "executorch/backends/nxp/quantizer/neutron_quantizer.py",

@@ -13,7 +13,7 @@ QNN = Target(
     bias_bits=(8, 32),
     bias_scales=("input_weight", "own"),
     accumulator_bits=64,
-    requantization="done by the SDK; not stated",
+    requantization="not public",
     unverified="the SDK, ExecuTorch's lowering to it and the hardware",
     sources={
         "activation uint8 or uint16 affine per tensor": "pytorch/executorch backends/qualcomm/quantizer/qconfig.py: "

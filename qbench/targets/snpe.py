@@ -14,7 +14,7 @@ SNPE = Target(
     bias_scales=("input_weight", "own"),
     shared_ops=(),
     accumulator_bits=64,
-    requantization="done by the SDK; not stated",
+    requantization="not public",
     unverified="the SDK and the hardware. An 8-bit bias has a grid of its own with zero point 0, one of the grids that "
     "the SDK can be given",
     sources={

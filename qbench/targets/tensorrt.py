@@ -9,7 +9,7 @@ TENSORRT = Target(
     activation=QSpec(bits=8, signed=True, symmetric=True),
     weight=QSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     shared_ops=(),
-    requantization="done in the fused kernel; not stated",
+    requantization="not public",
     unverified="TensorRT and every GPU. The bias is trained on the int32 grid; TensorRT adds it in floating point, "
     "where it has the same value",
     sources={

@@ -16,9 +16,9 @@ TFLITE = Target(
     activation=QSpec(bits=8, signed=True, symmetric=False),
     weight=QSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     shared_ops=("Cat", "AvgPool2d"),
-    requantization="32-bit fixed-point multiplier and shift per channel; its rounding depends on the build",
-    unverified="LiteRT. The fixed output grids that the specification gives to sigmoid, tanh and softmax are not "
-    "imposed. Older versions take a linear layer's weight per tensor only",
+    requantization="fixed-point multiplier and shift",
+    unverified="LiteRT, whose rounding depends on the build. The fixed output grids that the specification gives to "
+    "sigmoid, tanh and softmax are not imposed. Older versions take a linear layer's weight per tensor only",
     sources={
         "activation int8 asymmetric in [-128, 127]": _SPECIFICATION,
         "weight int8 symmetric in [-127, 127], per channel": _SPECIFICATION,
@@ -38,7 +38,6 @@ TFLITE_16X8 = dataclasses.replace(
     bias=BiasSpec(64),
     bias_bits=(64,),
     accumulator_bits=64,
-    requantization="fixed-point multiplier and shift per channel, from a 64-bit accumulator",
     unverified="LiteRT. passes.quantize_bias stores int32: a bias beyond it saturates there and is reported; "
     "ParameterCodes has the int64 codes",
     sources={

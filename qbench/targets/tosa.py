@@ -10,7 +10,7 @@ TOSA = Target(
     activation=QSpec(bits=8, signed=True, symmetric=False),
     weight=QSpec(bits=8, signed=True, symmetric=True, axis=0, narrow=True),
     arithmetic=ARITHMETIC,
-    requantization="32-bit fixed-point multiplier and shift per channel (apply_scale_32)",
+    requantization="fixed-point multiplier and shift",
     verified="integer arithmetic against the TOSA reference model (docs/integer.md)",
     unverified="hardware",
     annotation={"_arm_annotation_info": {"quantized": True}},

@@ -15,7 +15,7 @@ VITIS = Target(
     bias_scales=("own_pow2",),
     shared_ops=("Cat", "AvgPool2d", "AdaptiveAvgPool2d"),
     shifts=ShiftLimits(requantize=(0, 16), bias=16, bias_right=16),
-    requantization="shift right by 0 … 16 bits",
+    requantization="shift by 0 to 16 bits",
     unverified="the compiler and the DPU. Activations round half to even here, on the DPU half up. Layers outside the "
     "shift limits are named at convert, as the compiler would change their codes; limits of additions, products and "
     "sigmoids are not checked",

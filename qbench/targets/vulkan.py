@@ -13,7 +13,7 @@ VULKAN = Target(
     bits=(4, 8),
     layers=(nn.Linear,),
     weight_only=True,
-    requantization="none: activations stay in floating point",
+    requantization="none",
     unverified="the delegate and every GPU. Codes leave out the lowest one, which the backend would allow",
     sources={
         "activation in float32 or float16": "ExecuTorch documentation, Vulkan backend, Quantization: "
