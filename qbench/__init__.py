@@ -1,6 +1,7 @@
 """qbench: quantization-aware training of CNNs whose trained codes are the deployed codes."""
 
 from qbench import errors, export, nn, passes, targets
+from qbench.checkpoints import load_qat_checkpoint
 from qbench.conversion import conversion_report, convert
 from qbench.evaluation import integer_model
 from qbench.export.program import load_program
@@ -42,6 +43,7 @@ __all__ = [
     "prepare_by_target",
     "prepare_qat",
     "load_program",
+    "load_qat_checkpoint",
     "nn",
     "passes",
     "preparation_report",

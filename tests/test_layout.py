@@ -26,6 +26,7 @@ FLOORS = (
     ("linking",),
     ("preparation",),
     ("one_call",),
+    ("checkpoints",),
     ("conversion",),
     ("ops",),
     ("passes",),

@@ -142,7 +142,7 @@ def _activation(factory: Any, target: targets.Target) -> QuantizerConfig | None:
         )
     bits, symmetric, axis = _grid("activation", observer)
     signed = target.activation is None or target.activation.signed
-    spec = QSpec(bits, signed=signed, symmetric=symmetric, axis=axis)
+    spec = QSpec(bits, signed, symmetric, axis, narrow=signed and observer.quant_min == -observer.quant_max)
     kind = type(observer).__name__
     if kind == "MovingAverageMinMaxObserver":
         constant = float(observer.averaging_constant)

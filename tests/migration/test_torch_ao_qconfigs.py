@@ -61,7 +61,7 @@ HAND_BUILT = [
     (act(quant_min=0, quant_max=15), QSpec(4)),
     (act(quant_min=0, quant_max=255, reduce_range=True), QSpec(7)),
     (act(quant_min=-128, quant_max=127, dtype=torch.qint8), QSpec(8)),
-    (act(quant_min=-127, quant_max=127, dtype=torch.qint8, qscheme=SYMMETRIC), QSpec(8, symmetric=True)),
+    (act(quant_min=-127, quant_max=127, dtype=torch.qint8, qscheme=SYMMETRIC), QSpec(8, symmetric=True, narrow=True)),
     (act(quant_min=0, quant_max=255, qscheme=SYMMETRIC), QSpec(8, symmetric=True)),
     (ao.FusedMovingAvgObsFakeQuantize.with_args(quant_min=0, quant_max=63), QSpec(6)),
     (ao.MinMaxObserver.with_args(dtype=torch.quint8), QSpec(8)),
