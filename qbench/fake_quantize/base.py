@@ -9,8 +9,9 @@ Whether a quantizer observes follows from `model.train()` and `disable_observer`
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ class FakeQuantize(nn.Module):
         spec: What is wanted.
         observer: Finds the range; its spec is this one.
 
+    Raises:
+        ConfigError: this kind of quantizer cannot meet the spec.
+
     Attributes:
         scale: float32 buffer, () or (channels,): the grid in use. A stateless observer (weights) keeps none.
         zero_point: int32 buffer of the same shape.
@@ -39,22 +43,47 @@ class FakeQuantize(nn.Module):
     """
 
     # Quantizers with parameters of their own set this: links must then be known before the optimizer is made.
-    learned = False
+    learned: ClassVar[bool] = False
+    # What it can quantize, "activation" and "weight".
+    roles: ClassVar[tuple[str, ...]] = ("activation", "weight")
 
     scale: Tensor
     zero_point: Tensor
 
     def __init__(self, spec: QSpec, observer: Observer) -> None:
         super().__init__()
-        self.spec = spec
+        self.check_spec(spec)
+        # An observer of power-of-two scales makes the grid one of them, unless it only finds where learning starts.
+        power_of_two = spec.power_of_two or (observer.spec.power_of_two and not self.learned)
+        self.spec = dataclasses.replace(spec, power_of_two=power_of_two)
         self.observer = observer
         self.observer_enabled = True
         self.fake_quant_enabled = True
-        self.seen_data = observer.stateless
+        self.seen_data = self.stateless
         self.label = ""
-        if not observer.stateless:
+        self._add_grid()
+
+    @classmethod
+    def check_spec(cls, spec: QSpec) -> None:
+        """Raise ConfigError where this kind of quantizer cannot meet a spec; the message says what can."""
+
+    def _add_grid(self) -> None:
+        if not self.stateless:
             self.register_buffer("scale", torch.tensor(1.0))
             self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+
+    def fit_to(self, weight: Tensor) -> None:
+        """Make room for the grid of this weight: called once, before an optimizer is made. Here: nothing to do."""
+
+    @property
+    def stateless(self) -> bool:
+        """Whether the grid is that of the tensor at hand, so that there is none to keep."""
+        return self.observer.stateless
+
+    @property
+    def clips(self) -> bool:
+        """Whether values may lie outside the grid, or the gradient is not straight through for another reason."""
+        return self.learned or self.observer.clips
 
     @property
     def active(self) -> bool:
@@ -65,17 +94,27 @@ class FakeQuantize(nn.Module):
     def scales_with_tensor(self) -> bool:
         """Whether codes stay the same when a channel is multiplied by a positive number.
 
-        True for symmetric per-channel min–max ranges of the tensor at hand, whose scale moves along. Then the codes of
-        a folded weight are those of the weight itself.
+        True for symmetric per-channel ranges of the tensor at hand, whose scale moves along. Then the codes of a folded
+        weight are those of the weight itself. Where the lowest code can occur, a negative factor would need its
+        opposite, which is one too many.
         """
         spec = self.spec
         plain = spec.signed and spec.symmetric and not spec.power_of_two
-        return self.observer.stateless and plain and spec.axis is not None
+        mirrored = spec.narrow or not self.clips
+        return (self.stateless or self.learned) and plain and mirrored and spec.axis is not None
+
+    def shaped(self, weight: Tensor) -> Tensor:
+        """The weight as it is folded and quantized, with its gradient. Here: the weight itself."""
+        return weight
+
+    def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
+        """`x` on a grid, with this quantizer's gradient. Shape and dtype of `x`."""
+        return fake_quantize_ste(x, qparams)
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (in training), then put `x` on the grid. Shape and dtype of `x`."""
-        if self.observer.stateless:
-            return fake_quantize_ste(x, self.qparams_of(x)) if self.fake_quant_enabled else x
+        if self.stateless:
+            return self.fake_quantize(x, self.qparams_of(x)) if self.fake_quant_enabled else x
         if self.training and self.observer_enabled:
             self._observe(x)
         if not self.fake_quant_enabled:
@@ -88,11 +127,11 @@ class FakeQuantize(nn.Module):
                 stacklevel=2,
             )
             return x
-        return note_producer(fake_quantize_ste(x, self.snapshot()), self)
+        return note_producer(self.fake_quantize(x, self.snapshot()), self)
 
     def qparams_of(self, x: Tensor) -> QParams:
         """Grid that this quantizer uses for `x`: of `x` itself where the observer is stateless, else the stored one."""
-        return self.observer(x) if self.observer.stateless else self.snapshot()
+        return self.observer(x) if self.stateless else self.snapshot()
 
     def snapshot(self) -> QParams:
         """The grid in use, as tensors of its own.
@@ -115,12 +154,17 @@ class FakeQuantize(nn.Module):
                 f"quantizer {self.label or '(unnamed)'} has seen no data: run the prepared model in training mode on "
                 "real data before convert"
             )
-        qparams = self.snapshot()
+        with torch.no_grad():
+            qparams = self.snapshot()
         qparams.check(f"quantizer {self.label or '(unnamed)'}")
         return qparams
 
+    def grid_from(self, found: QParams) -> QParams:
+        """The grid to use where the observer found this one. Here: that one."""
+        return found
+
     def _observe(self, x: Tensor) -> None:
-        qparams = self.observer(x)
+        qparams = self.grid_from(self.observer(x))
         with torch.no_grad():
             if self.scale.shape == qparams.scale.shape:
                 self.scale.copy_(qparams.scale)
@@ -139,23 +183,17 @@ class FakeQuantize(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Per-channel buffers are scalars until data is seen: take the shape that is loaded.
-        for owner, name in (
-            (self, "scale"),
-            (self, "zero_point"),
-            (self.observer, "min_val"),
-            (self.observer, "max_val"),
-        ):
-            key = prefix + ("" if owner is self else "observer.") + name
-            if key in state_dict and hasattr(owner, name):
-                old = getattr(owner, name)
-                if old.shape != state_dict[key].shape:
-                    setattr(owner, name, torch.empty_like(state_dict[key], device=old.device, dtype=old.dtype))
+        for module, place in ((self, prefix), (self.observer, f"{prefix}observer.")):
+            for name, old in list(module._buffers.items()):
+                new = state_dict.get(place + name)
+                if old is not None and new is not None and old.shape != new.shape:
+                    setattr(module, name, torch.empty_like(new, device=old.device, dtype=old.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """What is wanted and what was found."""
         parts = [str(self.spec)]
-        if not self.observer.stateless:
+        if not self.stateless:
             if not self.seen_data:
                 parts.append("no data seen")
             elif self.scale.ndim == 0:

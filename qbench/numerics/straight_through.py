@@ -116,6 +116,18 @@ def fake_quantize_ste(x: Tensor, qparams: QParams, zero_point: Tensor | None = N
     return _FakeQuantize.apply(x, *grid)
 
 
+def clip_and_round(x: Tensor, qparams: QParams) -> Tensor:
+    """`fake_quantize` with the gradient of the clip alone: 1 inside the range, and to the bounds outside it.
+
+    The range is that of the real values of the lowest and highest code, without the half step beyond that still rounds
+    to them. A scale that carries a gradient gets what its bounds get, and nothing from the values inside.
+    """
+    zero = qparams.zero_point.long()  # int32 would wrap in qmin − z
+    low, high = (qparams.spread((code - zero) * qparams.scale, x) for code in (qparams.qmin, qparams.qmax))
+    clipped = torch.clamp(x.float(), low, high).to(x.dtype)
+    return straight_through(clipped, fake_quantize_ste(x.detach(), qparams))
+
+
 class _FakeQuantizeBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -12,7 +12,12 @@ scale that changes inside a channel, so they come with a float bias.
 There is no division by `k` (γ = 0 gives codes 0 and no NaN), nothing is clipped, so the straight-through gradient is
 the identity. By rounding, codes of `k·W` computed directly differ in about two of a million: the two are never mixed.
 
-Every other quantizer (per tensor, power-of-two, learned) takes the general way: quantize `W_f = k·W`, divide safely.
+A step `t` of `W` that is learned, or found by an observer that clips, moves along in the same way if the codes are
+symmetric per channel; its quantizer then says what the gradient is:
+
+    Ŵ/k = FQ(W; t)        Ŵ = k · FQ(W; t)        s_w = |k|·t carries the gradient to t into the bias
+
+Every other quantizer (per tensor, power-of-two) takes the general way: quantize `W_f = k·W`, divide safely.
 """
 
 from __future__ import annotations
@@ -24,11 +29,14 @@ import torch
 from torch import Tensor
 
 from qbench.numerics.fold import WeightLayout, fold_weight
-from qbench.numerics.qparams import SMALLEST_SCALE, QParams, next_power_of_two, quantize
+from qbench.numerics.qparams import SMALLEST_SCALE, QParams, in_groups, next_power_of_two, quantize
 from qbench.numerics.straight_through import fake_quantize_ste, straight_through
 
 # Codes of any real weight are 0 at this step.
 LARGEST_STEP = 2.0**100
+
+# A quantizer's values with its gradient: to the tensor and, where it is learned, to the scale of the grid.
+Rounding = Callable[[Tensor, QParams], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +82,15 @@ class WeightGrid:
 
 @dataclasses.dataclass(frozen=True)
 class MovingGrid(WeightGrid):
-    """Symmetric per-channel min–max: the grid of `W` itself, scaled by |k|.
+    """Symmetric per-channel codes: the grid of `W` itself, scaled by |k|.
 
     Attributes:
         step: `t`, shape of the scale.
+        rounding: The gradient of a quantizer that clips or learns; None is the identity, of one that does neither.
     """
 
     step: Tensor
+    rounding: Rounding | None = None
 
     def codes(self) -> Tensor:
         """Integer codes of `W_f`."""
@@ -91,16 +101,23 @@ class MovingGrid(WeightGrid):
         scale = self.qparams.spread(self.qparams.scale, self.weight)
         with torch.no_grad():
             value = self._float_codes() * scale
-        return straight_through(self.folded_float(), value)
+        if self.rounding is None:
+            return straight_through(self.folded_float(), value)
+        unfolded = self.unfolded()
+        return straight_through(
+            unfolded if self.factor is None else fold_weight(unfolded, self.factor, self.layout), value
+        )
 
     def unfolded(self) -> Tensor:
         """`Ŵ/k`, with the gradient to `W`."""
+        if self.rounding is not None:
+            return self.rounding(self.weight, dataclasses.replace(self.qparams, scale=self.step))
         with torch.no_grad():
             value = self._unsigned_codes() * self.qparams.spread(self.step, self.weight)
         return straight_through(self.weight, value)
 
     def _unsigned_codes(self) -> Tensor:
-        inverse = self.qparams.spread(1.0 / self.step, self.weight)
+        inverse = self.qparams.spread(1.0 / self.step.detach(), self.weight)
         return torch.round(self.weight.detach().float() * inverse).clamp_(self.qparams.qmin, self.qparams.qmax)
 
     def _float_codes(self) -> Tensor:
@@ -113,7 +130,13 @@ class MovingGrid(WeightGrid):
 
 @dataclasses.dataclass(frozen=True)
 class FoldedGrid(WeightGrid):
-    """Any other quantizer: the grid of the folded weight."""
+    """Any other quantizer: the grid of the folded weight.
+
+    Attributes:
+        rounding: The quantizer's values and gradient.
+    """
+
+    rounding: Rounding = fake_quantize_ste
 
     def codes(self) -> Tensor:
         """Integer codes of `W_f`."""
@@ -121,19 +144,24 @@ class FoldedGrid(WeightGrid):
 
     def folded(self) -> Tensor:
         """`Ŵ`, with the gradient to `W` and `k`."""
-        return fake_quantize_ste(self.folded_float(), self.qparams)
+        return self.rounding(self.folded_float(), self.qparams)
 
     def unfolded(self) -> Tensor:
         """`Ŵ/k`, with the gradient to `W`; a channel with k = 0 keeps `W`, so that its statistics stay alive."""
         if self.factor is None:
             return self.folded()
         factor = self.layout.spread(self.factor.detach(), self.weight)
-        quantized = fake_quantize_ste(self.weight * factor, self.qparams)
+        quantized = self.rounding(self.weight * factor, self.qparams)
         return torch.where(factor == 0, self.weight, quantized / torch.where(factor == 0, 1.0, factor))
 
 
 def moving_grid(
-    weight: Tensor, factor: Tensor | None, layout: WeightLayout, own: QParams, floor: Tensor | None
+    weight: Tensor,
+    factor: Tensor | None,
+    layout: WeightLayout,
+    own: QParams,
+    floor: Tensor | None,
+    rounding: Rounding | None = None,
 ) -> MovingGrid:
     """Grid of a quantizer that scales with its tensor.
 
@@ -143,8 +171,10 @@ def moving_grid(
         layout: Not transposed with several groups (there, one scale serves several output channels).
         own: Grid of `W` itself, one scale per output channel, or per group of it (then without a floor).
         floor: Smallest `s_w`, (out,), or None.
+        rounding: Values and gradient of a quantizer that clips or learns; None where it does neither.
     """
-    largest = own.scale * own.qmax  # max|W|
+    # Of a range that clips nothing, the scale says how large the weights are.
+    largest = own.scale * own.qmax if rounding is None else _largest(weight, own)
     if factor is None:
         step = own.scale if floor is None else torch.maximum(own.scale, floor)
         scale, live = step, torch.ones_like(step, dtype=torch.bool)
@@ -158,11 +188,13 @@ def moving_grid(
         # Where |k| is next to nothing, floor/|k| would overflow: the codes are 0 as for k = 0, the scale is the floor.
         scale = torch.where(live & (step < LARGEST_STEP), size * step, least).clamp(min=SMALLEST_SCALE)
     # A channel of zeros has no codes to coarsen, however high the floor.
-    raised = (step > own.scale) & (own.scale > SMALLEST_SCALE)
-    silenced = live & raised & (largest * (1.0 / step) <= 0.5)
-    silenced = silenced if own.group_size is None else silenced.any(1)  # (out, in/group_size) -> (out,)
-    coarsened = torch.where(raised, step / own.scale, 1.0)
-    return MovingGrid(weight, factor, layout, dataclasses.replace(own, scale=scale), coarsened, silenced, step)
+    with torch.no_grad():
+        raised = (step > own.scale) & (own.scale > SMALLEST_SCALE)
+        silenced = live & raised & (largest > 0) & (largest * (1.0 / step) <= 0.5)
+        silenced = silenced if own.group_size is None else silenced.any(1)  # (out, in/group_size) -> (out,)
+        coarsened = torch.where(raised, step / own.scale, 1.0)
+    qparams = dataclasses.replace(own, scale=scale)
+    return MovingGrid(weight, factor, layout, qparams, coarsened, silenced, step, rounding)
 
 
 def folded_grid(
@@ -173,6 +205,7 @@ def folded_grid(
     floor: Tensor | None,
     *,
     power_of_two: bool,
+    rounding: Rounding = fake_quantize_ste,
 ) -> FoldedGrid:
     """Grid that `choose` finds for the folded weight, raised to the floor.
 
@@ -183,20 +216,29 @@ def folded_grid(
         choose: The quantizer's `qparams_of`.
         floor: Smallest `s_w`, (out,), or None.
         power_of_two: Whether scales must stay powers of two.
+        rounding: The quantizer's values and gradient.
     """
     folded = weight if factor is None else fold_weight(weight, factor.detach(), layout)
     found = choose(folded)
     scale = found.scale
     if floor is None:
         nothing = torch.zeros(layout.out_channels(weight), dtype=torch.bool, device=weight.device)
-        return FoldedGrid(weight, factor, layout, found, torch.ones_like(scale.detach()), nothing)
+        return FoldedGrid(weight, factor, layout, found, torch.ones_like(scale.detach()), nothing, rounding)
     least = floor.amax() if scale.ndim == 0 else layout.reduce_max(floor)
     scale = torch.maximum(scale, next_power_of_two(least.clamp(min=SMALLEST_SCALE)) if power_of_two else least)
     qparams = dataclasses.replace(found, scale=scale)
     raised = (scale > found.scale) & (found.scale > SMALLEST_SCALE)
     coarsened = torch.where(raised, scale.detach() / found.scale.detach(), 1.0)
     silenced = _silenced_channels(folded, qparams, layout, raised)
-    return FoldedGrid(weight, factor, layout, qparams, coarsened, silenced)
+    return FoldedGrid(weight, factor, layout, qparams, coarsened, silenced, rounding)
+
+
+def _largest(weight: Tensor, own: QParams) -> Tensor:
+    """max|W| of the weights that share a scale, shape of the scale."""
+    sizes = weight.detach().float().abs()
+    if own.group_size is not None:
+        return in_groups(sizes, own.group_size).amax(-1)
+    return sizes.movedim(own.axis or 0, 0).flatten(1).amax(1)
 
 
 def _silenced_channels(folded: Tensor, qparams: QParams, layout: WeightLayout, raised: Tensor) -> Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qbench.errors import ConfigError
 from qbench.numerics.qparams import QParams, QSpec, choose_qparams, in_groups
 
 
 class Observer(nn.Module):
     """Base of the observers: keeps a range [min_val, max_val] per tensor or per channel.
 
-    Subclasses implement `update`. The range starts as [+inf, −inf], which means that nothing was seen.
+    Subclasses implement `update`, or `range_of` where one of the ways to combine tensors is inherited. The range starts
+    as [+inf, −inf], which means that nothing was seen.
 
     Args:
         spec: What is wanted; `spec.axis` decides per tensor or per channel.
@@ -19,6 +21,8 @@ class Observer(nn.Module):
 
     # A stateless observer answers with the range of the tensor at hand, whatever was seen before.
     stateless = False
+    # Whether values may lie outside the range that it answers with: their gradient is then 0.
+    clips = False
 
     min_val: Tensor
     max_val: Tensor
@@ -31,19 +35,37 @@ class Observer(nn.Module):
             self.register_buffer("max_val", torch.tensor(float("-inf")))
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value of `x`, float32, (), (channels,) or (out, in/group_size)."""
-        x = x.detach()
+        """Lowest and highest value that `x` needs, float32, (), (channels,) or (out, in/group_size)."""
+        low, high = torch.aminmax(self.rows(x), dim=1)
+        return self.from_rows(low, x), self.from_rows(high, x)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x`, float32, with one row for each scale.
+
+        per tensor    (1, values)
+        per channel   (channels, values)
+        per group     (out · in/group_size, group_size)
+        """
+        x = x.detach().float()
         if self.spec.group_size is not None:
-            low, high = torch.aminmax(in_groups(x, self.spec.group_size), dim=-1)
-        elif self.spec.axis is None:
-            low, high = torch.aminmax(x)
-        else:
-            low, high = torch.aminmax(x.movedim(self.spec.axis, 0).flatten(1), dim=1)
-        return low.float(), high.float()
+            return in_groups(x, self.spec.group_size).flatten(0, 1)
+        if self.spec.axis is None:
+            return x.reshape(1, -1)
+        return x.movedim(self.spec.axis, 0).flatten(1)
+
+    def from_rows(self, values: Tensor, x: Tensor) -> Tensor:
+        """One value for each row as one for each scale: (rows,) -> (), (channels,) or (out, in/group_size)."""
+        if self.spec.group_size is not None:
+            return values.reshape(x.shape[0], -1)
+        return values.squeeze(0) if self.spec.axis is None else values
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Take `x` into account and return the range as new tensors."""
         raise NotImplementedError(f"{type(self).__name__} must implement update(x) -> (low, high)")
+
+    def keep(self, low: Tensor, high: Tensor) -> None:
+        """Remember a range."""
+        self.min_val, self.max_val = stored(self.min_val, low), stored(self.max_val, high)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> QParams:
@@ -53,3 +75,33 @@ class Observer(nn.Module):
     def extra_repr(self) -> str:
         """Nothing: the quantizer prints the grid."""
         return ""
+
+
+class LatestObserver(Observer):
+    """Answers with the range of the tensor at hand: the one definition of a weight's range in train, eval, convert."""
+
+    stateless = True
+
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the range of `x`."""
+        return self.range_of(x)
+
+
+def stored(buffer: Tensor, value: Tensor) -> Tensor:
+    """Write `value` into the buffer in place (DDP and compiled graphs refer to it); a first use may grow it."""
+    if buffer.shape != value.shape:
+        return value.clone()
+    return buffer.copy_(value)
+
+
+def share_between(name: str, value: float, low: float, high: float) -> float:
+    """`value`, checked: low < value ≤ high.
+
+    Raises:
+        ConfigError: it lies outside.
+    """
+    if not low < value <= high:
+        raise ConfigError(
+            f"{name}={value!r}: expected a number above {low} and up to {high}; {name}={high} clips nothing"
+        )
+    return value

@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 
 from qbench.numerics.qparams import QSpec
-from qbench.observers.base import Observer
+from qbench.observers.base import LatestObserver, Observer
 
 
-class LatestMinMaxObserver(Observer):
+class LatestMinMaxObserver(LatestObserver):
     """Range of the tensor at hand: the one definition of a weight's range in train, eval and convert."""
-
-    stateless = True
-
-    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the range of `x`."""
-        return self.range_of(x)
 
 
 class MinMaxObserver(Observer):
@@ -31,7 +25,7 @@ class MinMaxObserver(Observer):
         """Widen the range by `x`."""
         low, high = self.range_of(x)
         low, high = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
-        self.min_val, self.max_val = _stored(self.min_val, low), _stored(self.max_val, high)
+        self.keep(low, high)
         return low, high
 
 
@@ -55,12 +49,5 @@ class MovingAverageMinMaxObserver(Observer):
             torch.where(first, new, old + self.averaging_constant * (new - old))
             for old, new in ((self.min_val, low), (self.max_val, high))
         )
-        self.min_val, self.max_val = _stored(self.min_val, low), _stored(self.max_val, high)
+        self.keep(low, high)
         return low, high
-
-
-def _stored(buffer: Tensor, value: Tensor) -> Tensor:
-    """Write `value` into the buffer in place (DDP and compiled graphs refer to it); a first use may grow it."""
-    if buffer.shape != value.shape:
-        return value.clone()
-    return buffer.copy_(value)

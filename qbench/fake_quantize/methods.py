@@ -1,0 +1,83 @@
+"""The names that `get_qconfig(method=...)` takes: what each paper does with activations and with weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qbench.errors import ConfigError
+from qbench.fake_quantize.base import FakeQuantize
+from qbench.fake_quantize.dorefa import DoReFaActivation, DoReFaWeight
+from qbench.fake_quantize.dsq import DSQ
+from qbench.fake_quantize.lsq import LSQ
+from qbench.fake_quantize.lsq_plus import LSQPlus
+from qbench.fake_quantize.pact import PACT
+from qbench.fake_quantize.tqt import TQT
+from qbench.observers import (
+    LatestMeanMagnitudeObserver,
+    LatestMinMaxObserver,
+    MagnitudeObserver,
+    MeanMagnitudeObserver,
+    MovingAverageMinMaxObserver,
+    Observer,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to quantize.
+
+    Attributes:
+        name: What users write.
+        activation: Quantizer of activations.
+        weight: Quantizer of weights.
+        activation_observer: Finds the range of activations, or where learning starts.
+        weight_observer: The same for weights.
+    """
+
+    name: str
+    activation: type[FakeQuantize] = FakeQuantize
+    weight: type[FakeQuantize] = FakeQuantize
+    activation_observer: type[Observer] = MovingAverageMinMaxObserver
+    weight_observer: type[Observer] = LatestMinMaxObserver
+
+
+# Add a method here. A paper that has nothing of its own for weights says which ones it used.
+METHODS: tuple[Method, ...] = (
+    Method("fixed"),
+    Method("lsq", LSQ, LSQ, MeanMagnitudeObserver, LatestMeanMagnitudeObserver),
+    Method("lsq_plus", LSQPlus, LSQ, MovingAverageMinMaxObserver, LatestMeanMagnitudeObserver),
+    Method("pact", PACT, DoReFaWeight, MagnitudeObserver),
+    Method("dorefa", DoReFaActivation, DoReFaWeight, MagnitudeObserver),
+    Method("dsq", DSQ, DSQ),
+    Method("tqt", TQT, TQT, MagnitudeObserver),
+)
+
+
+def find_method(name: str | type[FakeQuantize]) -> Method:
+    """The method of this name, or one around a quantizer class.
+
+    Args:
+        name: One of `METHODS` by name, or a class for both roles; its observers are those of the method that has it.
+
+    Raises:
+        ConfigError: there is none of this name; the message lists the names.
+    """
+    if isinstance(name, type) and issubclass(name, FakeQuantize):
+        known = next((method for method in METHODS if name in (method.activation, method.weight)), METHODS[0])
+        return dataclasses.replace(known, name=name.__name__, activation=name, weight=name)
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise ConfigError(
+        f"no method is called {name!r}; expected one of {', '.join(method.name for method in METHODS)}, or a "
+        "FakeQuantize class"
+    )
+
+
+def check_role(kind: type[FakeQuantize], role: str) -> None:
+    """Raise ConfigError where a quantizer cannot quantize activations or weights; the message says which can."""
+    if role in kind.roles:
+        return
+    fitting = [method for method in METHODS if role in getattr(method, role).roles]
+    listed = ", ".join(f"{method.name!r} ({getattr(method, role).__name__})" for method in fitting)
+    raise ConfigError(f"{kind.__name__} quantizes {kind.roles[0]}s, not {role}s; {role}_method is one of {listed}")
