@@ -15,7 +15,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -26,8 +26,10 @@ from qbench.nn import ops
 from qbench.nn.frozen import known_types
 from qbench.nn.intrinsic import Fused
 from qbench.nn.intrinsic.fused import matches_part
+from qbench.nn.norm_act import NormAct, split_norm_acts
 from qbench.nn.qat.body import QatModule
 from qbench.torch_ao import adopt
+from qbench.tracing import FusedGraph, InMode, Traced, trace
 
 # Where the reasons of a fused model are kept, for the report that `prepare_qat` makes.
 NOTES = "_qbench_fusion_notes"
@@ -51,6 +53,7 @@ def fuse(model: nn.Module, *, example_inputs: tuple[Any, ...] | None = None) -> 
     if not isinstance(model, nn.Module):
         raise FusionError(f"fuse: got {type(model).__name__}, expected a torch.nn.Module")
     fused, notes = adopt(copy.deepcopy(model), () if example_inputs is None else (example_inputs,))
+    notes.update(split_norm_acts(fused))
     places = Counter(id(module) for _, module in fused.named_modules(remove_duplicate=False))
     fused = _fuse_tree(fused, "", places, notes, {})
     object.__setattr__(fused, NOTES, notes)
@@ -85,85 +88,6 @@ def fuse_modules(
     return model
 
 
-class FusedGraph(fx.GraphModule):
-    """A module whose forward became a graph; it keeps every submodule, parameter and attribute, called or not."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str) -> None:
-        for node in graph.nodes:
-            # Annotations of the user's forward: as strings, they cannot be pickled with the graph.
-            node.type = None
-            # Where the root is a graph, torch.export would believe this path, which ends at the leaf of the trace.
-            node.meta.pop("nn_module_stack", None)
-        super().__init__(root, graph, class_name)
-        _copy_contents(root, self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedGraph:
-        carrier = nn.Module()
-        memo[id(self)] = carrier  # a submodule that refers back to its parent is not supported by fx either
-        carrier.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_graph"})
-        graph = fx.Graph()
-        graph._codegen = copy.deepcopy(self.graph._codegen, memo)
-        output = graph.graph_copy(self.graph, val_map={}, return_output_node=True)
-        if output is not None:
-            graph.output(output[0])  # type: ignore[index]
-        copied = FusedGraph(carrier, graph, type(self).__name__)
-        memo[id(self)] = copied
-        return copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        function, args = super().__reduce__()[:2]
-        return _restore_graph, (function, args, _contents(self), type(self).__name__)
-
-    def __str__(self) -> str:
-        return nn.Module.__repr__(self)
-
-
-def _restore_graph(function: Any, args: tuple[Any, ...], contents: dict[str, Any], class_name: str) -> FusedGraph:
-    carrier = nn.Module()
-    carrier.__dict__.update(contents)
-    return FusedGraph(carrier, function(*args).graph, class_name)
-
-
-# What a GraphModule makes for itself.
-_GRAPH_STATE = frozenset(
-    {"_graph", "_code", "graph", "meta", "_tracer_cls", "_tracer_extras", "_lineno_map", "_prologue_start", "shape_env"}
-)
-
-
-def _contents(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if name not in _GRAPH_STATE}
-
-
-def _copy_contents(source: nn.Module, target: nn.Module) -> None:
-    target.__dict__.update(_contents(source))
-
-
-class _Proxy(fx.Proxy):
-    """A traced value for which `x += y` stays a write: fx would record `x + y`, which other readers of x do not see."""
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
-
-
-class _LocalTracer(fx.Tracer):
-    """Traces one forward: every submodule is a leaf."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-
 def _fuse_tree(
     module: nn.Module, path: str, places: Counter[int], notes: dict[str, str], done: dict[int, nn.Module]
 ) -> nn.Module:
@@ -181,8 +105,8 @@ def _fuse_tree(
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    if isinstance(module, (Fused, QatModule, ops.Operation, fx.GraphModule)):
-        return False
+    if isinstance(module, (Fused, QatModule, ops.Operation, fx.GraphModule, NormAct)):
+        return False  # a NormAct's two parts belong to the forward that calls it
     if any(kind in mappings.default_mapping() for kind in known_types(module)):
         return False  # it is quantized as a whole
     if isinstance(module, nn.Sequential):
@@ -193,18 +117,19 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 def _fuse_one(module: nn.Module, path: str, places: Counter[int], notes: dict[str, str]) -> nn.Module:
     try:
-        graph, same = _trace(module)
+        traced = trace(module)
     except Exception as error:
         # Any exception of the user's own code may come out of tracing; the module is left as it is, and that is noted.
         reason = next(iter(str(error).splitlines()), "")
         notes[path] = f"its forward cannot be traced ({type(error).__name__}: {reason})"
         return module
+    graph = traced.graph
     calls = Counter(id(_target(module, node)) for node in graph.nodes if node.op == "call_module")
-    editor = _Editor(module, graph, path)
+    editor = _Editor(module, traced, path)
 
     def usable(node: fx.Node) -> bool:
-        """Whether a chain may go on with this node: leaving out a call needs a graph, which freezes the mode."""
-        return same or (node.op == "call_module" and is_own(_target(module, node)))
+        """Whether a chain may go on with this node: leaving out a call needs a graph, which has one mode."""
+        return traced.serves_both_modes or (node.op == "call_module" and is_own(_target(module, node)))
 
     def is_own(part: nn.Module) -> bool:
         return calls[id(part)] == 1 and places[id(part)] == 1
@@ -218,28 +143,12 @@ def _fuse_one(module: nn.Module, path: str, places: Counter[int], notes: dict[st
             editor.install(chain)
         elif not any(True for _ in parts[-1].parameters()):
             editor.absorb(chain)
-    if same:
+    if traced.serves_both_modes:
         editor.replace_operations()
         editor.read_what_is_written()
     elif any(_operation(module, node) or _called_module(node) for node in graph.nodes):
         notes[path] = _MODES_DIFFER
     return editor.finish()
-
-
-def _trace(module: nn.Module) -> tuple[fx.Graph, bool]:
-    """Graph of the module's own forward in its present mode, and whether the other mode gives the same."""
-    graphs = []
-    mode = module.training
-    try:
-        for training in (mode, not mode):
-            module.training = training
-            graphs.append(_LocalTracer().trace(module))
-    finally:
-        module.training = mode
-    first, second = (
-        [(node.op, str(node.target), str(node.args), str(node.kwargs)) for node in graph.nodes] for graph in graphs
-    )
-    return graphs[0], first == second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,8 +221,9 @@ def _called_module(node: fx.Node) -> nn.Module | None:
 class _Editor:
     """Applies the replacements to one module; makes a graph of its forward only if one of them needs it."""
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, path: str) -> None:
-        self.module, self.graph, self.path = module, graph, path
+    def __init__(self, module: nn.Module, traced: Traced, path: str) -> None:
+        self.module, self.graph, self.path = module, traced.graph, path
+        self.by_mode = traced.by_mode
         self.needs_graph = False
 
     def install(self, chain: _Chain) -> None:
@@ -339,7 +249,7 @@ class _Editor:
                 continue
             replacement, inputs, last = made
             name = node.name.strip("_")
-            if node.target in (operator.iadd, operator.isub, operator.imul):
+            if node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
                 name = name.removeprefix("i")  # x += y is named like x + y
             name = self._free_name(name)
             self.module.add_module(name, replacement.train(self.module.training))
@@ -372,8 +282,20 @@ class _Editor:
             if node.op == "call_module" and type(_target(self.module, node)) is nn.Identity and len(node.args) == 1:
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
+            elif node in self.by_mode:
+                self._follow_mode(node)
         self.graph.lint()
         return FusedGraph(self.module, self.graph, type(self.module).__name__)
+
+    def _follow_mode(self, node: fx.Node) -> None:
+        """Put a module in place of a call whose arguments depend on the mode, as a graph has one form for both."""
+        name = self._free_name(node.name.strip("_"))
+        follower = InMode(cast("Callable[..., Any]", node.target), self.by_mode[node])
+        self.module.add_module(name, follower.train(self.module.training))
+        with self.graph.inserting_before(node):
+            call = self.graph.call_module(name, node.args, node.kwargs)
+        node.replace_all_uses_with(call)
+        self.graph.erase_node(node)
 
     def _free_name(self, wanted: str) -> str:
         name, number = wanted, 0
@@ -383,7 +305,7 @@ class _Editor:
         return name
 
 
-def _operation(module: nn.Module, node: fx.Node) -> tuple[nn.Module, tuple[fx.Node, ...], fx.Node] | None:
+def _operation(module: nn.Module, node: fx.Node) -> tuple[nn.Module, tuple[Any, ...], fx.Node] | None:
     """The module for a functional operation, its inputs, and the last node that it replaces (a ReLU after an add)."""
     if node.op not in ("call_function", "call_method") or not node.users:
         return None
@@ -392,29 +314,53 @@ def _operation(module: nn.Module, node: fx.Node) -> tuple[nn.Module, tuple[fx.No
     if called is not None:
         usable = type(called) in mappings.default_mapping() and _mutation_is_unseen(module, node)
         return (called, tuple(node.all_input_nodes), node) if usable else None
-    if target in mappings.CAT_CALLS:
+    if target in mappings.LIST_OPS:
         return _concatenation(node)
+    if target in mappings.CALLS_WITH_VALUES:
+        return _call_with_values(node)
+    if target in mappings.NEGATIONS and len(args) == 1 and not kwargs and _is_tensor(args[0]):
+        return ops.Mul(), (args[0], -1), node
     if target not in mappings.TENSOR_OPS or len(args) != 2 or kwargs:
         return None
-    left, right = args
-    if not (_is_tensor(left) and _is_tensor(right)) or not _mutation_is_unseen(module, node):
+    if not any(map(_is_tensor, args)) or not all(map(_is_operand, args)) or not _mutation_is_unseen(module, node):
         return None
     made = mappings.TENSOR_OPS[target]()
     user = next(iter(node.users)) if len(node.users) == 1 else None
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-        return None
     if isinstance(made, ops.Add) and user is not None and isinstance(_as_module(module, user), nn.ReLU):
-        return ops.AddReLU(), (left, right), user
-    return made, (left, right), node
+        return ops.AddReLU(), args, user
+    return made, args, node
 
 
-def _concatenation(node: fx.Node) -> tuple[nn.Module, tuple[fx.Node, ...], fx.Node] | None:
+def _is_operand(value: Any) -> bool:
+    """A traced value or a number; truth values are neither."""
+    return isinstance(value, fx.Node) or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _concatenation(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...], fx.Node] | None:
     options = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
     tensors, dim = options.pop("tensors"), options.pop("dim", options.pop("axis", 0))
     if options or not isinstance(tensors, (list, tuple)) or len(tensors) < 2 or not isinstance(dim, int):
         return None
     inputs = tuple(tensor for tensor in tensors if isinstance(tensor, fx.Node))
-    return (ops.Cat(dim), inputs, node) if len(inputs) == len(tensors) else None
+    return (mappings.LIST_OPS[node.target](dim), inputs, node) if len(inputs) == len(tensors) else None
+
+
+def _call_with_values(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...], fx.Node] | None:
+    options = dict(node.kwargs)
+    data, *rest = node.args or (options.pop("input", None),)
+    try:
+        made, values = mappings.CALLS_WITH_VALUES[node.target](*rest, **options)
+    except TypeError:  # an argument that the module does not have
+        return None
+    settings = torch.utils._pytree.tree_leaves(list(vars(made).values()))
+    # What the module keeps must be known now.
+    if not _is_tensor(data) or any(isinstance(value, fx.Node) for value in settings):
+        return None
+    return None if _qat_type_of(made).keeps_grid(made) else (made, (data, *values), node)
+
+
+def _qat_type_of(module: nn.Module) -> type[QatModule]:
+    return mappings.default_mapping()[type(module)]
 
 
 def _mutation_is_unseen(module: nn.Module, node: fx.Node) -> bool:
@@ -448,7 +394,7 @@ def _may_alias(module: nn.Module, node: fx.Node) -> bool:
         return not any(True for _ in _target(module, node).parameters())
     if _writes(node):
         return True
-    makes_new = node.target in mappings.TENSOR_OPS or node.target in mappings.CAT_CALLS
+    makes_new = node.target in mappings.TENSOR_OPS or node.target in mappings.LIST_OPS
     return node.op in ("call_function", "call_method") and not makes_new
 
 

@@ -430,13 +430,86 @@ def test_what_cannot_be_traced_is_noted_and_its_children_are_fused() -> None:
     assert reason.startswith("its forward cannot be traced")
 
 
-def test_a_forward_that_differs_between_modes_stays_python_and_is_noted() -> None:
-    fused = qbench.fuse(DropsInTraining())
-    assert type(fused) is DropsInTraining
-    assert count(fused) == {"ConvBn2d": 1}
-    assert "differs between training and eval" in notes(fused)[""]
-    fused.train()
-    assert not torch.equal(fused(images()), fused(images()))
+def test_functional_dropout_follows_the_mode_of_the_graph() -> None:
+    """A plain trace would freeze it; the convolution, its BatchNorm, the ReLU and the sum are found all the same."""
+    model = DropsInTraining()
+    for start in (True, False):
+        fused = qbench.fuse(model.train(start))
+        assert count(fused) == {"ConvBnReLU2d": 1, "Add": 1} and not notes(fused)
+        for roundtrip in (lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+            again = roundtrip(fused)
+            assert_same_outputs(model, again, images())
+            for training in (True, False):
+                torch.manual_seed(5)
+                expected = copy.deepcopy(model).train(training)(images(16))
+                torch.manual_seed(5)
+                got = copy.deepcopy(again).train(training)(images(16))
+                assert torch.equal(got, expected), training
+
+
+@pytest.mark.parametrize(
+    ("forward", "kept"),
+    [
+        (lambda m, x: F.dropout(m.conv(x), training=not m.training) + x, False),
+        (lambda m, x: F.dropout(m.conv(x), p=0.3 if m.training else 0.1, training=True) + x, False),
+        (lambda m, x: (m.conv(x) + x if m.training else m.conv(x) + x + x), True),
+        (lambda m, x: (torch.sub if m.training else torch.add)(m.conv(x), x), True),
+        (lambda m, x: m.conv(x).add(x, alpha=2 if m.training else 1) + x, True),
+    ],
+    ids=["inverted", "two probabilities", "more in training", "another function", "a method's constant"],
+)
+def test_what_differs_between_modes(forward: Callable[..., Any], kept: bool) -> None:
+    model = Calls(forward, conv=nn.Conv2d(3, 3, 3, padding=1))
+    fused = qbench.fuse(model)
+    assert (type(fused) is Calls) == kept and ("Add" in count(fused)) != kept
+    assert ["differs between training and eval" in note for note in notes(fused).values()] == [True] * kept
+    for training in (True, False):
+        torch.manual_seed(5)
+        expected = model.train(training)(images(16))
+        torch.manual_seed(5)
+        assert torch.equal(fused.train(training)(images(16)), expected), training
+
+
+class NormThenAct(nn.BatchNorm2d):
+    """As timm writes it: one module, BatchNorm and activation."""
+
+    def __init__(self, features: int, act: nn.Module, drop: nn.Module | None = None) -> None:
+        super().__init__(features)
+        self.drop, self.act = drop or nn.Identity(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class ActThenNorm(NormThenAct):
+    """The same attributes in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, self.act(x))
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected", "noted"),
+    [
+        (NormThenAct(4, nn.ReLU(inplace=True)), {"ConvBnReLU2d": 1}, False),
+        (NormThenAct(4, nn.Identity()), {"ConvBn2d": 1}, False),
+        (NormThenAct(4, nn.SiLU()), {"ConvBn2d": 1}, False),
+        (NormThenAct(4, nn.ReLU(), nn.Dropout2d(0.5)), {}, True),
+        (ActThenNorm(4, nn.Tanh()), {}, True),
+    ],
+    ids=["relu", "none", "silu", "dropout between", "other order"],
+)
+def test_a_batch_norm_with_an_activation_inside(norm: nn.Module, expected: dict[str, int], noted: bool) -> None:
+    model = randomise_statistics(Calls(lambda m, x: m.norm(m.conv(x)), conv=nn.Conv2d(3, 4, 3), norm=norm))
+    fused = qbench.fuse(model)
+    wrappers = {name: n for name, n in count(fused).items() if name.startswith("Conv")}
+    assert wrappers == expected
+    assert [note for note in notes(fused) if note == "norm"] == ["norm"] * noted
+    assert_same_outputs(model, fused, images())
+    torch.manual_seed(3)
+    wanted = model.train()(images(16))
+    torch.manual_seed(3)
+    assert torch.equal(fused.train()(images(16)), wanted)
 
 
 def test_stochastic_depth_stays_python() -> None:

@@ -22,6 +22,7 @@ FLOORS = (
     ("nn",),
     ("mappings",),
     ("torch_ao",),
+    ("tracing",),
     ("fusion",),
     ("linking",),
     ("preparation",),
