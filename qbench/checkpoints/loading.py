@@ -3,7 +3,7 @@
     weights, biases, BatchNorm       bit by bit, under the same names
     activation grids                 scale to the bit, zero point in our codes (see grids.py), and the observed range
     switches                         observer and fake-quant of each activation quantizer
-    weight quantizers                not taken: the grid of a weight follows from the weight
+    weight quantizers                a learned scale where ours is learned; else none, as it follows from the weight
 
 Everything is worked out before the first tensor of the model is written.
 """
@@ -21,9 +21,10 @@ from qbench.checkpoints import grids
 from qbench.checkpoints.mqbench_names import NodeNames, Place
 from qbench.checkpoints.report import IGNORED, TAKEN, TRANSLATED, CheckpointReport, KeyOutcome, MissingValue
 from qbench.checkpoints.source import Source, SourceQuantizer, present_name, read_source, without_prefix
+from qbench.checkpoints.writing import set_grid, set_weight_scale
 from qbench.errors import ConfigError, PreparationError
 from qbench.fake_quantize import FakeQuantize
-from qbench.nn.qat.body import QatModule
+from qbench.nn.qat.body import QatLayer, QatModule
 from qbench.numerics.qparams import QParams
 from qbench.preparation import preparation_report
 
@@ -95,6 +96,7 @@ class _Plan:
         self.missing: list[MissingValue] = []
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.grids: dict[FakeQuantize, tuple[QParams, SourceQuantizer | None]] = {}
+        self.weights: list[tuple[QatLayer, SourceQuantizer]] = []
         self.modules = {path: m for path, m in model.named_modules() if isinstance(m, QatModule)}
         self.at = {
             path: m for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, FakeQuantize)
@@ -247,8 +249,8 @@ class _Plan:
 
     def left_over(self) -> None:
         """Say what becomes of weight and bias quantizers, and which quantizers of ours got no grid."""
-        for key in self.source.weights:
-            self._say(key, IGNORED, note="the grid of a weight follows from the weight and BatchNorm at hand")
+        for path, found in self.source.weights.items():
+            self._weight_quantizer(path, found)
         for key in self.source.biases:
             self._say(key, IGNORED, note="the grid of a bias follows from the scales of input and weight")
         for path, module in self.modules.items():
@@ -267,13 +269,32 @@ class _Plan:
                 self.missing.append(MissingValue(path, "no grid: training-mode forwards on real data give it one"))
             seen.add(id(quantizer))
 
+    def _weight_quantizer(self, path: str, found: SourceQuantizer) -> None:
+        layer, scale = self.modules.get(path), found.find("scale")
+        if not isinstance(layer, QatLayer) or not layer.weight_quantizer.learned or scale is None:
+            self._ignore(found, "the grid of a weight follows from the weight and BatchNorm at hand")
+            return
+        room = layer.weight_quantizer.scale
+        if scale.numel() != room.numel():
+            self._ignore(found, f"{scale.numel()} scales, where this weight has {room.numel()}")
+            return
+        self.weights.append((layer, found))
+        for entry, key in found.keys.items():
+            if entry == "scale":
+                note = "of the weight before BatchNorm is folded into it" if layer.bn is not None else ""
+                self._say(key, TRANSLATED, f"{path}.weight_quantizer.start", note)
+            else:
+                self._say(key, IGNORED, note="a learned scale of symmetric codes needs no more than itself")
+
     @torch.no_grad()
     def apply(self) -> None:
         """Write everything that was planned."""
         for mine, tensor in self.copies:
             mine.copy_(tensor)
         for quantizer, (qparams, source) in self.grids.items():
-            _set_grid(quantizer, qparams, source)
+            set_grid(quantizer, qparams, source)
+        for layer, found in self.weights:  # after BatchNorm is there
+            set_weight_scale(layer, found.tensors["scale"])
 
     def _say(self, key: str, outcome: str, to: str = "", note: str = "") -> None:
         self.outcomes.append(KeyOutcome(key, outcome, to, note))
@@ -286,21 +307,3 @@ class _Plan:
 def _averages(module: QatModule) -> bool:
     name = module.float_type.__name__
     return "AvgPool" in name or name == "Mean"
-
-
-def _set_grid(quantizer: FakeQuantize, qparams: QParams, source: SourceQuantizer | None) -> None:
-    device = quantizer.scale.device
-    quantizer.scale.copy_(qparams.scale.to(device))
-    quantizer.zero_point.copy_(qparams.zero_point.to(device))
-    quantizer.seen_data = True
-    for name in ("min_val", "max_val"):
-        value = None if source is None else source.find(name)
-        if value is None:  # a grid without a range: the one that it covers
-            code = qparams.qmin if name == "min_val" else qparams.qmax
-            value = (code - qparams.zero_point) * qparams.scale
-        if hasattr(quantizer.observer, name):
-            getattr(quantizer.observer, name).copy_(value.reshape(()).to(device))
-    for name in ("observer_enabled", "fake_quant_enabled"):
-        flag = None if source is None else source.find(name)
-        if flag is not None:
-            setattr(quantizer, name, bool(flag.any()))

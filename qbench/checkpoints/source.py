@@ -40,10 +40,11 @@ _OLD_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class SourceQuantizer:
-    """The quantizer of an activation in the checkpoint.
+    """A quantizer in the checkpoint.
 
     Attributes:
-        name: Path of the module (torch.ao) or name of the node (MQBench) that it follows.
+        name: Of an activation's: path of the module (torch.ao) or name of the node (MQBench) that it follows. Of a
+            weight's: path of the layer.
         keys: Entry → key of the checkpoint.
         tensors: Entry → tensor.
     """
@@ -73,14 +74,14 @@ class Source:
         kind: `"torch.ao"` or `"MQBench"`.
         plain: Key → tensor, of parameters and statistics.
         outputs: Quantizers of activations, by name.
-        weights: Keys of weight quantizers.
+        weights: Quantizers of weights, by path of the layer.
         biases: Keys of bias quantizers.
     """
 
     kind: str
     plain: dict[str, Tensor]
     outputs: dict[str, SourceQuantizer]
-    weights: tuple[str, ...]
+    weights: dict[str, SourceQuantizer]
     biases: tuple[str, ...]
 
 
@@ -94,16 +95,17 @@ def read_source(state_dict: Mapping[str, Any]) -> Source:
     is_mqbench = any(_NODE.fullmatch(key) for key in tensors)
     plain: dict[str, Tensor] = {}
     outputs: dict[str, SourceQuantizer] = {}
-    weights, biases = [], []
+    weights: dict[str, SourceQuantizer] = {}
+    biases = []
     for key, tensor in tensors.items():
-        output = _NODE.fullmatch(key) if is_mqbench else None
+        match, kind = _WEIGHT.fullmatch(key), weights
+        if match is None:
+            match, kind = (_NODE.fullmatch(key) if is_mqbench else None) or _OUTPUT.fullmatch(key), outputs
         if _BIAS.fullmatch(key):
             biases.append(key)
-        elif _WEIGHT.fullmatch(key):
-            weights.append(key)
-        elif output or (output := _OUTPUT.fullmatch(key)):
-            found = outputs.setdefault(output["name"], SourceQuantizer(output["name"]))
-            found.keys[output["entry"]], found.tensors[output["entry"]] = key, tensor
+        elif match is not None:
+            found = kind.setdefault(match["name"], SourceQuantizer(match["name"]))
+            found.keys[match["entry"]], found.tensors[match["entry"]] = key, tensor
         else:
             plain[key] = tensor
     if not outputs and not weights:
@@ -111,7 +113,7 @@ def read_source(state_dict: Mapping[str, Any]) -> Source:
             "load_qat_checkpoint: no key is one of a fake-quantize module, so this is no QAT checkpoint of torch.ao or "
             "MQBench. model.load_state_dict(state_dict) loads one of qbench; float weights are loaded before fuse"
         )
-    return Source("MQBench" if is_mqbench else "torch.ao", plain, outputs, tuple(weights), tuple(biases))
+    return Source("MQBench" if is_mqbench else "torch.ao", plain, outputs, weights, tuple(biases))
 
 
 def present_name(key: str) -> str:

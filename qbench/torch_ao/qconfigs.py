@@ -34,6 +34,16 @@ _WEIGHT_OBSERVERS = (
     "PerChannelMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
 )
+# Classes of MQBench, which puts them into torch.ao's QConfig, and of torch.ao → what learns alike here.
+_METHODS = {
+    "LearnableFakeQuantize": "lsq",
+    "_LearnableFakeQuantize": "lsq",
+    "DoReFaFakeQuantize": "dorefa",
+    "DSQFakeQuantize": "dsq",
+    "PACTFakeQuantize": "pact",
+    "TqtFakeQuantize": "tqt",
+    "FixedFakeQuantize": "fixed",
+}
 _FAKE_QUANTIZES = ("FakeQuantize", "FusedMovingAvgObsFakeQuantize")
 
 
@@ -149,9 +159,9 @@ def _activation(factory: Any, target: targets.Target) -> QuantizerConfig | None:
         return QuantizerConfig(spec, MovingAverageMinMaxObserver, observer_options={"averaging_constant": constant})
     if kind == "MinMaxObserver":
         return QuantizerConfig(spec, MinMaxObserver)
+    near = "; get_qconfig(observer='mse') minimises the same error" if kind == "HistogramObserver" else ""
     raise ConfigError(
-        f"activation: {kind} has no equivalent; MovingAverageMinMaxObserver and MinMaxObserver have, or "
-        "get_qconfig(observer=…) with one of qbench.observers"
+        f"activation: {kind} has no equivalent, MovingAverageMinMaxObserver and MinMaxObserver have{near}"
     )
 
 
@@ -181,6 +191,8 @@ def _observer(role: str, factory: Any) -> Any:
     if not type(made).__module__.startswith("torch.ao."):
         raise ConfigError(f"{role}: {kind} is not a class of torch.ao; {_equivalent(kind)}")
     inner = getattr(made, "activation_post_process", None)
+    if kind in _METHODS:
+        raise ConfigError(f"{role}: {kind} learns its grid; {_equivalent(kind)}")
     if inner is not None and kind not in _FAKE_QUANTIZES:
         raise ConfigError(
             f"{role}: {kind} has no equivalent, as ranges are found here from what is seen; FakeQuantize with a "
@@ -190,10 +202,9 @@ def _observer(role: str, factory: Any) -> Any:
 
 
 def _equivalent(kind: str) -> str:
-    return {
-        "LearnableFakeQuantize": "docs/migration.md says which get_qconfig call learns its scale",
-        "FixedFakeQuantize": "get_qconfig() has a fixed range, found by its observer=",
-    }.get(kind, "get_qconfig() makes a QConfig without it")
+    if kind in _METHODS:
+        return f"get_qconfig(method={_METHODS[kind]!r}) has its equivalent"
+    return "get_qconfig() makes a QConfig without it"
 
 
 def _grid(role: str, observer: Any) -> tuple[int, bool, int | None]:

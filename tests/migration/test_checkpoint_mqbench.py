@@ -203,3 +203,44 @@ def test_a_quantizer_that_saw_nothing_gives_no_grid() -> None:
     report = qbench.load_qat_checkpoint(model, state)
     assert [found.path for found in report.missing] == ["layer1.0.conv2.output_quantizer", LAST]
     assert {found.note for found in report.keys if found.key.startswith(prefix)} == {"it saw no data"}
+
+
+@pytest.mark.parametrize("method", ["lsq", "lsq_plus", "tqt"])
+def test_learned_scales_go_where_scales_are_learned(method: str) -> None:
+    state, model = checkpoint("learned"), prepared(method=method)
+    if method == "tqt":  # as MQBench's TQT leaves them
+        state = {k: 2.0 ** torch.floor(torch.log2(v)) if k.endswith(".scale") else v for k, v in state.items()}
+    report = qbench.load_qat_checkpoint(model, state)
+    for node, mine in PLACES.items():
+        if mine is not None:
+            found = model.get_submodule(mine)
+            assert torch.equal(found.scale, state[f"{node}_post_act_fake_quantizer.scale"][0]), node
+            assert int(found.zero_point) == 0
+    keys = {found.key: found for found in report.keys}
+    weight = keys["layer1.0.conv1.weight_fake_quant.scale"]
+    assert (weight.outcome, weight.to) == ("translated", "layer1.0.conv1.weight_quantizer.start")
+    assert weight.to in model.state_dict()
+
+
+def test_learned_weight_scales_are_those_of_the_folded_weight() -> None:
+    """The source rounds k·W at its scale; with a power of two for k, dividing by it loses no bit."""
+    state = checkpoint("learned")
+    for key in state:
+        if key.endswith(".bn.running_var"):
+            state[key] = torch.ones_like(state[key]) - 1e-5
+        if key.endswith(".bn.weight"):
+            state[key] = 2.0 ** torch.randint(-2, 3, state[key].shape, generator=GENERATOR)
+    model = prepared(method="lsq")
+    qbench.load_qat_checkpoint(model, state)
+    layer = model.layer1[0].conv1
+    folded = layer.quantized_parameters()[0].qparams.scale.detach()
+    assert torch.allclose(folded, state["layer1.0.conv1.weight_fake_quant.scale"], rtol=1e-6)
+    assert torch.equal(model.fc.weight_quantizer.scale.detach(), state["fc.weight_fake_quant.scale"])
+
+
+def test_the_first_training_step_keeps_a_learned_grid() -> None:
+    state, model = checkpoint("learned"), prepared(method="lsq")
+    qbench.load_qat_checkpoint(model, state)
+    before = model.layer2[0].last.output_quantizer.scale.clone()
+    model.train()(images())
+    assert torch.equal(model.layer2[0].last.output_quantizer.scale, before)

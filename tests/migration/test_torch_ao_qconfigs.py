@@ -107,6 +107,7 @@ REFUSED = [
     (ao.QConfig(ao.default_fixed_qparams_range_0to1_fake_quant, WEIGHT), "FixedQParamsFakeQuantize has no equivalent"),
     (ao.QConfig(ao.default_per_channel_weight_observer, WEIGHT), "PerChannelMinMaxObserver has no equivalent"),
     (ao.QConfig(nn.ReLU, WEIGHT), "ReLU is not a class of torch.ao"),
+    (ao.QConfig(ao.HistogramObserver, WEIGHT), r"HistogramObserver has no equivalent.*observer='mse'"),
     ("x86", "got str, expected a torch.ao.quantization.QConfig"),
 ]
 
@@ -115,6 +116,15 @@ REFUSED = [
 def test_what_has_no_equivalent_is_refused_with_the_nearest(qconfig: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         translate_qconfig(qconfig)
+
+
+class LearnableFakeQuantize(nn.Module):
+    """As MQBench has it, by name."""
+
+
+def test_quantizers_of_mqbench_are_refused_with_the_method() -> None:
+    with pytest.raises(ConfigError, match=r"LearnableFakeQuantize.*get_qconfig\(method='lsq'\)"):
+        translate_qconfig(ao.QConfig(LearnableFakeQuantize, WEIGHT))
 
 
 def test_the_users_warnings_are_not_hidden() -> None:
