@@ -164,13 +164,20 @@ class FakeQuantize(nn.Module):
         return found
 
     def _observe(self, x: Tensor) -> None:
-        qparams = self.grid_from(self.observer(x))
-        with torch.no_grad():
-            if self.scale.shape == qparams.scale.shape:
-                self.scale.copy_(qparams.scale)
-                self.zero_point.copy_(qparams.zero_point)
-            else:
-                self.scale, self.zero_point = qparams.scale, qparams.zero_point
+        self.set_grid(self.grid_from(self.observer(x)))
+
+    @torch.no_grad()
+    def set_grid(self, qparams: QParams) -> None:
+        """Use this grid from now on, one of a checkpoint for example; an observer that is enabled goes on from its own.
+
+        Args:
+            qparams: Of the spec's codes and axis.
+        """
+        if self.scale.shape == qparams.scale.shape:
+            self.scale.copy_(qparams.scale)
+            self.zero_point.copy_(qparams.zero_point)
+        else:
+            self.scale, self.zero_point = qparams.scale, qparams.zero_point
         self.seen_data = True
 
     def get_extra_state(self) -> Tensor:

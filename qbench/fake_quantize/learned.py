@@ -119,18 +119,31 @@ class LearnedFakeQuantize(FakeQuantize):
         return QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis, spec.group_size)
 
     @torch.no_grad()
+    def set_grid(self, qparams: QParams) -> None:
+        """Start from this grid, one of a checkpoint for example; what was learned before is forgotten."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("change"):
+                parameter.zero_()
+        self._check_shape(qparams)
+        self._set_start(qparams, torch.zeros_like(self.change, dtype=torch.bool))
+        self.seen_data = True
+
+    @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         if self.learning:
             return
         found = self.observer(x)
+        self._check_shape(found)
+        self._set_start(found, self.change != 0)
+        self.seen_data = True
+
+    def _check_shape(self, found: QParams) -> None:
         if found.scale.shape != self.change.shape:
             raise NumericsError(
                 f"quantizer {self.label or '(unnamed)'} has room for scales of shape {tuple(self.change.shape)}, and "
-                f"{self.spec} of {tuple(x.shape)} has {tuple(found.scale.shape)}; {type(self).__name__}.fit_to(weight) "
+                f"the tensor at hand has {tuple(found.scale.shape)}; {type(self).__name__}.fit_to(weight) "
                 "before the optimizer is made gives it the shape, as QConfig.make_weight(axis=..., weight=...) does"
             )
-        self._set_start(found, self.change != 0)
-        self.seen_data = True
 
     def _set_start(self, found: QParams, moved: Tensor) -> None:
         """Write the start of what the optimizer has not moved."""

@@ -48,7 +48,7 @@ def best_threshold(sizes: Tensor, levels: Tensor) -> Tensor:
     used = ((sizes > 0) * torch.arange(1, len(sizes) + 1, device=sizes.device)).amax()  # nothing lies beyond
     found = torch.where((ends >= levels) & (ends < used + STEP), divergences(sizes, ends, levels), torch.inf)
     least, place = found.min(0)
-    return torch.where(torch.isfinite(least), ends[place], used)
+    return torch.where(torch.isfinite(least), STEP * (place + 1), used)
 
 
 def divergences(sizes: Tensor, ends: Tensor, levels: Tensor) -> Tensor:
