@@ -155,6 +155,10 @@ def test_exclude(override: Override, gone: set[str]) -> None:
     assert {path for _, paths in hits(model) for path in paths} == gone
     left = {found.path for found in qbench.preparation_report(model).left_in_float if found.on_purpose}
     assert gone <= left
+
+
+def test_a_model_with_excluded_parts_is_trained_and_converted() -> None:
+    model = prepare(Nested(), Override("blocks.0", exclude=True), Override("*.last.*", exclude=True))
     model(images()).sum().backward()
     program = qbench.convert(model.eval(), (images(),))
     assert int((program.module()(images()) != model(images())).sum()) == 0

@@ -25,20 +25,20 @@ def target_table(targets: Sequence[Target]) -> str:
         "Where each rule is from (qbench targets NAME says everything of one):",
     ]
     text = [line for note in notes for line in textwrap.wrap(note, WIDTH) or [""]]
-    return _plain([*columns(rows), *text, *(line for target in targets for line in _origin(target))])
+    return "\n".join([*columns(rows), *text, *(line for target in targets for line in _origin(target))])
 
 
 def target_details(target: Target) -> str:
     """Everything of one target."""
     lines = [f"{target.name}: {target.description}", ""]
     for label, text in _facts(target):
-        lines += textwrap.wrap(f"{label:16} {text}", WIDTH, subsequent_indent=" " * 17)
-    return _plain([*lines, "", "sources", *_sources(target)])
+        lines += textwrap.wrap(f"{label:16} {_plain(text)}", WIDTH, subsequent_indent=" " * 17)
+    return "\n".join([*lines, "", "sources", *_sources(target)])
 
 
-def _plain(lines: Sequence[str]) -> str:
-    """One text of characters that every terminal has."""
-    return "\n".join(lines).translate({ord("·"): "*", ord("…"): "to"})
+def _plain(text: str) -> str:
+    """In characters that every terminal has."""
+    return text.translate({ord("·"): "*", ord("…"): "to"})
 
 
 def _cells(target: Target) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ def _cells(target: Target) -> tuple[str, ...]:
 
 def _lines(cells: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """A row of cells as lines, each cell wrapped to its column."""
-    wrapped = [textwrap.wrap(cell, width) for cell, width in zip(cells, _COLUMNS.values(), strict=True)]
+    wrapped = [textwrap.wrap(_plain(cell), width) for cell, width in zip(cells, _COLUMNS.values(), strict=True)]
     for index in range(max(map(len, wrapped))):
         yield tuple(cell[index] if index < len(cell) else "" for cell in wrapped)
 
@@ -73,7 +73,7 @@ def _sources(target: Target) -> Iterator[str]:
 def _item(label: str, text: str) -> list[str]:
     """`label: text`, indented; paths and addresses stay whole."""
     return textwrap.wrap(
-        f"{label}: {text}",
+        _plain(f"{label}: {text}"),
         WIDTH,
         initial_indent="  ",
         subsequent_indent="    ",
