@@ -3,6 +3,7 @@
 from qbench import errors, export, nn, passes, targets
 from qbench.checkpoints import load_qat_checkpoint
 from qbench.conversion import conversion_report, convert
+from qbench.coverage import quantization_coverage
 from qbench.evaluation import integer_model
 from qbench.export.program import load_program
 from qbench.fake_quantize import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
@@ -47,6 +48,7 @@ __all__ = [
     "nn",
     "passes",
     "preparation_report",
+    "quantization_coverage",
     "register_pattern",
     "targets",
     "translate_qconfig",

@@ -391,7 +391,9 @@ def _writes(node: fx.Node) -> bool:
 def _may_alias(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node's result may share memory with its inputs; a module with parameters puts out a new tensor."""
     if node.op == "call_module":
-        return not any(True for _ in _target(module, node).parameters())
+        part = _target(module, node)
+        computes = isinstance(part, ops.Operation) and not isinstance(part, InMode)  # replaced before: a new tensor, too
+        return not computes and not any(True for _ in part.parameters())
     if _writes(node):
         return True
     makes_new = node.target in mappings.TENSOR_OPS or node.target in mappings.LIST_OPS

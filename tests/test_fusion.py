@@ -512,6 +512,21 @@ def test_a_batch_norm_with_an_activation_inside(norm: nn.Module, expected: dict[
     assert torch.equal(fused.train()(images(16)), wanted)
 
 
+def test_a_sum_into_what_a_product_made_is_a_module() -> None:
+    """A residual block with a scale per channel, as in ConvNeXt: nobody else reads what is written to."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.drop(m.scale * m.conv(x))
+        y += x
+        return y
+
+    model = Calls(forward, conv=nn.Conv2d(3, 3, 1), drop=nn.Dropout(0.1))
+    model.scale = nn.Parameter(torch.rand(3, 1, 1))
+    fused = qbench.fuse(model)
+    assert count(fused) == {"Mul": 1, "Add": 1}
+    assert_same_outputs(model, fused, images())
+
+
 def test_stochastic_depth_stays_python() -> None:
     depth = import_torchvision().ops.StochasticDepth
     model = Calls(lambda m, x: m.drop(m.bn(m.conv(x))) + x, **_layers(), drop=depth(0.5, "row"))

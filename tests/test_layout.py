@@ -28,6 +28,7 @@ FLOORS = (
     ("preparation",),
     ("one_call",),
     ("checkpoints",),
+    ("coverage",),
     ("conversion",),
     ("ops",),
     ("passes",),
