@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import qbench
-from qbench import cli, data, job, training
+from qbench import cli, data, job, targets, training
 from qbench.errors import DataError, VerificationError
 from qbench.job import Job
 from qbench.models import build_model
 from qbench.report import RunSummary
+from qbench.report.targets import target_details, target_table
 from qbench.report.text import run_table
 
 pytest.importorskip("sklearn.datasets")
@@ -60,7 +61,7 @@ def quick(nets: Path, out: Path, *more: str) -> list[str]:
     [
         (
             ["--target", "onnxruntme"],
-            "target 'onnxruntme' is unknown; expected one of onnxruntime, xnnpack, neutron, tosa; did",
+            "target 'onnxruntme' is unknown; expected one of onnxruntime, xnnpack, neutron, tosa, ",
         ),
         (
             ["--model", "resnet19"],
@@ -97,6 +98,26 @@ def test_a_refusal_is_one_line_and_code_2(
     assert says in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["targets"]) == 0
+    out, err = capsys.readouterr()
+    assert out == target_table(targets.TARGETS) + "\n" and err == ""
+
+
+def test_one_target_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["targets", "vitis"]) == 0
+    assert capsys.readouterr().out == target_details(targets.get("vitis")) + "\n"
+    assert cli.main(["targets", "vits"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("did you mean 'vitis'?\n") and err.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m qbench targets | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("target ")
 
 
 def test_refusals_come_before_training(nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
