@@ -69,11 +69,13 @@ class DSQ(LearnedFakeQuantize):
     def _soft(self, x: Tensor, qparams: QParams) -> Tensor:
         """`Q`, whose value may differ from the codes by a rounding, and whose gradient counts."""
         scale, zero = (qparams.spread(part, x) for part in (qparams.scale, qparams.zero_point.long()))
-        position = x / scale
+        nearest = torch.round((x / scale).detach())
+        bound = nearest.clamp(qparams.qmin - zero, qparams.qmax - zero)
+        is_inside = nearest == bound
+        # 0 for the others: at a scale next to 0 the gradient of a position that is not used would be ∞·0.
+        position = torch.where(is_inside, x, 0.0) / scale
         below = torch.floor(position.detach())
         alpha = self.alpha
         phi = torch.tanh(torch.log(2.0 / alpha - 1.0) * (position - below - 0.5)) / (1.0 - alpha)
-        nearest = torch.round(position.detach())
-        bound = nearest.clamp(qparams.qmin - zero, qparams.qmax - zero)
         inside = below + straight_through(0.5 + 0.5 * phi, nearest - below)
-        return torch.where(nearest == bound, inside, bound) * scale
+        return torch.where(is_inside, inside, bound) * scale
