@@ -394,3 +394,61 @@ def test_bound_takes_one_input_range_per_channel() -> None:
 def test_fits_accumulator_at_the_edge(bits: int) -> None:
     edge = 2 ** (bits - 1)
     assert fits_accumulator(torch.tensor([0, edge - 1, edge, 2**40]), bits).tolist() == [True, True, False, False]
+
+
+# wider than int32 -----------------------------------------------------------------------------------------------------
+
+wide_widths = st.integers(33, 64)
+
+
+@given(biases, ordinary_scales, wide_widths)
+def test_a_wide_code_and_its_value_determine_each_other(bias: float, scale: float, bits: int) -> None:
+    codes, saturated = bias_codes(f32(bias)[None], f32(scale)[None], bits)
+    value = dequantize_bias(codes, f32(scale)[None], bits)
+    assert value.dtype == torch.float32
+    exact_code = round(Fraction(np.float32(bias).item()) / Fraction(np.float32(scale).item()))
+    high = min(2 ** (bits - 1) - 1, 2**53)
+    if abs(exact_code) < high * (1 - 2.0**-22):
+        assert not saturated
+    elif abs(exact_code) > high * (1 + 2.0**-22):
+        assert saturated and abs(int(codes)) in (high, high + 1) and (int(codes) > 0) is (bias > 0)
+    if not saturated:
+        again, _ = bias_codes(value, f32(scale)[None], bits)
+        assert torch.equal(again, codes)
+        assert same_bits(dequantize_bias(again, f32(scale)[None], bits), value)
+        # The value is a float32, so the code is off by what float32 cannot hold, and by nothing below 2^23.
+        assert abs(int(codes) - exact_code) <= (0 if abs(exact_code) < 2**23 else abs(exact_code) * 2.0**-23)
+
+
+@pytest.mark.parametrize("bits", [33, 40, 53, 54, 55, 63, 64])
+@pytest.mark.parametrize("bias", [1e30, -1e30, math.inf, -math.inf])
+def test_wide_codes_saturate_and_keep_their_sign(bits: int, bias: float) -> None:
+    codes, saturated = bias_codes(torch.tensor([bias, 0.0]), torch.tensor([1e-6, 1e-6]), bits)
+    assert saturated.tolist() == [True, False] and codes[1] == 0
+    high = min(2 ** (bits - 1) - 1, 2**53)
+    assert int(codes[0]) in ((high,) if bias > 0 else (-high, -high - 1))
+
+
+@given(biases, ordinary_scales, wide_widths)
+def test_the_floor_of_a_wide_bias_keeps_its_codes_inside(bias: float, input_scale: float, bits: int) -> None:
+    floor = weight_scale_floor(f32(bias)[None], f32(input_scale), bits)
+    scale = bias_scale(f32(input_scale), floor)
+    if bias and float(scale) > 2.0**-120:
+        codes, saturated = bias_codes(f32(bias)[None], scale, bits)
+        assert not saturated and abs(int(codes)) <= code_limit(bits) * (1 + 2.0**-22)
+
+
+def test_up_to_32_bits_nothing_changes() -> None:
+    made = torch.Generator().manual_seed(5)
+    bias, scale = torch.randn(20_000, generator=made) * 1e3, torch.rand(20_000, generator=made) * 1e-4 + 1e-6
+    narrow, _ = bias_codes(bias, scale, 32)
+    small = narrow.abs() < 2**22
+    assert 1000 < int(small.sum()) < 20_000
+    wide, _ = bias_codes(bias, scale, 64)
+    assert torch.equal(wide[small], narrow[small])
+    assert same_bits(dequantize_bias(wide, scale, 64)[small], dequantize_bias(narrow, scale)[small])
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(32, 2**22), (40, 2**39 - 1), (53, 2**52 - 1), (64, 2**52)])
+def test_limit_of_wide_codes(bits: int, limit: int) -> None:
+    assert code_limit(bits) == limit
