@@ -29,6 +29,7 @@ from qbench.numerics.qparams import QParams
 from qbench.preparation import preparation_report
 
 _OUTPUT = "output_quantizer"
+_AVERAGES = ("aten.mean", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten._adaptive_avg_pool2d")
 
 
 def load_qat_checkpoint(
@@ -92,6 +93,7 @@ class _Plan:
 
     def __init__(self, model: nn.Module, source: Source, *, strict: bool) -> None:
         self.model, self.source, self.strict = model, source, strict
+        self.report = preparation_report(model)
         self.outcomes: list[KeyOutcome] = []
         self.missing: list[MissingValue] = []
         self.copies: list[tuple[Tensor, Tensor]] = []
@@ -162,7 +164,7 @@ class _Plan:
 
     def _matches(self, names: dict[str, str]) -> list[_Match]:
         nodes = NodeNames(self.model) if self.source.kind == "MQBench" else None
-        inputs = {id(q): path for path, q in self.at.items() if ".input_quantizers." in f".{path}"}
+        inputs = {id(self.at[path]): path for path in self._float_inputs("an input of the model")}
         found, open_ = [], []
         for name, quantizer in self.source.outputs.items():
             if not quantizer.seen_data:
@@ -186,6 +188,12 @@ class _Plan:
             else:
                 self._ignore(quantizer, self._no_place(quantizer.name, free if quantizer in entries else []))
         return found
+
+    def _float_inputs(self, reason: str) -> list[str]:
+        """Keys of the quantizers of inputs that arrive in float for a reason, in the order of execution."""
+        found = [f"{known.path}.input_quantizers.{known.index}" for known in self.report.float_inputs
+                 if known.reason.startswith(reason)]  # fmt: skip
+        return [path.lstrip(".") for path in found if path.lstrip(".") in self.at]
 
     def _place(self, path: str) -> Place | None:
         return Place(path, direct=True) if path in self.modules else None
@@ -257,17 +265,26 @@ class _Plan:
             quantizer = module.output_quantizer
             if quantizer is None or quantizer in self.grids:
                 continue
-            source = module.sources[0] if module.sources else None
-            if source in self.grids and _averages(module):
-                self.grids[quantizer] = self.grids[source][0], None
-                self.missing.append(
-                    MissingValue(f"{path}.{_OUTPUT}", "takes the grid of its input, where the source computes averages")
-                )
+            if module.sources and _averages(module):
+                self._average(f"{path}.{_OUTPUT}".lstrip("."), module.sources[0])
+        for operator in _AVERAGES:
+            read = [found.reads for found in self.report.float_operations if found.operator == operator]
+            places = self._float_inputs(f"{operator} leaves the grid")
+            # Both in the order of execution.
+            for path, reads in zip(places, read, strict=True) if len(places) == len(read) else ():
+                if len(reads) == 1:
+                    self._average(path, self.modules[reads[0]].output_quantizer)
         seen: set[int] = set()
         for path, quantizer in self.at.items():
             if quantizer not in self.grids and not quantizer.observer.stateless and id(quantizer) not in seen:
                 self.missing.append(MissingValue(path, "no grid: training-mode forwards on real data give it one"))
             seen.add(id(quantizer))
+
+    def _average(self, path: str, source: FakeQuantize | None) -> None:
+        """What is averaged stays on its grid in the source."""
+        if source in self.grids and self.at[path] not in self.grids:
+            self.grids[self.at[path]] = self.grids[source][0], None
+            self.missing.append(MissingValue(path, "takes the grid of its input, where the source computes averages"))
 
     def _weight_quantizer(self, path: str, found: SourceQuantizer) -> None:
         layer, scale = self.modules.get(path), found.find("scale")
