@@ -21,9 +21,10 @@ from qbench import targets
 from qbench.errors import ConfigError, ConversionError, LinkError, NumericsError, QBenchError, QBenchWarning
 from qbench.fake_quantize import FakeQuantize
 from qbench.graph.cleanup import remove_redundant_qdq
+from qbench.graph.constants import constants_of
 from qbench.graph.qdq import quantized_decomposed
 from qbench.graph.recognise import is_dequantize, is_quantize
-from qbench.nn.qat.body import ParameterCodes, QatLayer, QatModule
+from qbench.nn.qat.body import ParameterCodes, QatLayer, QatModule, QatOp
 from qbench.nn.reference import reference_of
 from qbench.numerics.bias import accumulator_bound, fits_accumulator
 from qbench.numerics.shifts import bias_shift, requantization_shift
@@ -67,6 +68,7 @@ def convert(
     quantized_decomposed()
     reference = _reference_model(model)
     program = _export(reference, example_inputs, dynamic_shapes)
+    _store_codes(program)
     remove_redundant_qdq(program)
     _annotate(program, targets.get(report.target))
     custom = program.graph_module.meta.setdefault("custom", {})
@@ -75,6 +77,23 @@ def convert(
     if weight_only:
         custom["qbench"]["weight_only"] = weight_only
     return program
+
+
+def _store_codes(program: torch.export.ExportedProgram) -> None:
+    """Store the codes of what the program would quantize alike in every run: parameters that an operation reads."""
+    constants = constants_of(program)
+    stored = 0
+    for node in list(program.graph.nodes):
+        value = constants.get(node.args[0]) if is_quantize(node) else None
+        if value is None:
+            continue
+        codes = constants.add(f"{node.args[0].name}_codes", node.target(value, *node.args[1:]), node)
+        node.replace_all_uses_with(codes)
+        stored += 1
+    if stored:
+        program.graph.eliminate_dead_code()
+        constants.drop_unused()
+        constants.finish()
 
 
 def conversion_report(model: nn.Module, *, target: str | targets.Target | None = None) -> ConversionReport:
@@ -172,7 +191,8 @@ def _check_module(path: str, module: QatModule, target: targets.Target) -> Deplo
             raise NumericsError(
                 f"fake-quant of {disabled[0].label} is disabled; model.apply(qbench.enable_fake_quant) before convert"
             )
-        if module.output_quantizer is not None:
+        only_integers = isinstance(module, QatOp) and not module.sources
+        if module.output_quantizer is not None and not only_integers:
             module.output_quantizer.deployed_qparams()
         return _deployed(path, module, target) if isinstance(module, QatLayer) else None
     except QBenchError as error:

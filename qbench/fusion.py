@@ -104,11 +104,16 @@ def _fuse_tree(
     return result
 
 
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
+
+
 def _has_own_forward(module: nn.Module) -> bool:
     if isinstance(module, (Fused, QatModule, ops.Operation, fx.GraphModule, NormAct)):
         return False  # a NormAct's two parts belong to the forward that calls it
     if any(kind in mappings.default_mapping() for kind in known_types(module)):
         return False  # it is quantized as a whole
+    if isinstance(module, _LAYERS):
+        return False  # a layer that computes its weight, say: a mapping knows it by its type
     if isinstance(module, nn.Sequential):
         return True
     own = type(module).__module__

@@ -26,14 +26,22 @@ from qbench.errors import LinkError
 from qbench.fake_quantize import FakeQuantize
 from qbench.graph.scale_preserving import is_scale_joining, is_scale_preserving
 from qbench.nn.qat.body import QatModule
+from qbench.qconfig import QuantizerConfig
 from qbench.report.preparation import FloatInput, FloatOperation, SharedQuantizer
+
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FloatSource:
-    """A tensor on no grid: what made it."""
+    """A tensor on no grid: what made it, and the paths of the QAT modules that its values come from.
+
+    One that is stored in the model, a parameter or a buffer, is an operand with a grid of its own.
+    """
 
     reason: str
+    reads: tuple[str, ...] = ()
+    is_stored: bool = False
 
 
 Producer = FakeQuantize | FloatSource
@@ -45,7 +53,8 @@ class Links:
 
     Attributes:
         seen: The producers at each input of each module.
-        float_operations: Operators outside QAT modules that take a tensor off its grid, with the modules they read.
+        float_operations: Operators outside QAT modules that compute on real values, with the modules that these come
+            from: none where they come from the model's inputs alone.
     """
 
     seen: dict[QatModule, dict[int, dict[Producer, None]]] = dataclasses.field(default_factory=dict)
@@ -104,6 +113,13 @@ class _Recorder(TorchDispatchMode):
         self.links = links
         self.depth = 0  # of QAT modules that are running: what they compute is theirs
         self.written: list[tuple[Tensor, Producer]] = []
+        self.real: Any = WeakTensorKeyDictionary()  # tensors that were computed from the model's inputs
+
+    def enter(self, inputs: Any) -> None:
+        """Note the inputs of the model."""
+        for tensor in torch.utils._pytree.tree_leaves(inputs):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.real[tensor] = True
 
     def tag(self, tensor: Tensor, producer: Producer) -> None:
         self.settle()
@@ -120,10 +136,10 @@ class _Recorder(TorchDispatchMode):
         producer, version = self.tags.get(tensor, (None, None))
         return producer if version == tensor._version else None
 
-    def producer_or_source(self, tensor: Tensor, reason: str) -> Producer:
+    def producer_or_source(self, tensor: Tensor, source: FloatSource) -> Producer:
         found = self.producer(tensor)
         if found is None:
-            found = FloatSource(reason)
+            found = source
             self.tag(tensor, found)
         return found
 
@@ -131,13 +147,17 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         self.settle()
         tag = self._output_tag(func, args, kwargs)  # before the call: an in-place operator changes the version
+        real = any(tensor in self.real for tensor in _tensors(args, kwargs))
         out = func(*args, **kwargs)
-        if tag is not None:
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    self.tag(tensor, tag)
-                    if func._schema.is_mutable:
-                        self.written.append((tensor, tag))  # after tag, which settles
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                continue
+            if real:
+                self.real[tensor] = True
+            if tag is not None:
+                self.tag(tensor, tag)
+                if func._schema.is_mutable:
+                    self.written.append((tensor, tag))  # after tag, which settles
         return out
 
     def _output_tag(self, func: Any, args: Any, kwargs: Any) -> Producer | None:
@@ -147,27 +167,58 @@ class _Recorder(TorchDispatchMode):
             found = {self.producer(tensor) for tensor in args[0]}
             if len(found) == 1:
                 return next(iter(found))
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = _tensors(args, kwargs)
         producers = [producer for producer in map(self.producer, tensors) if producer is not None]
+        if not self.depth and func._overloadpacket not in _WITHOUT_VALUES:
+            real = any(tensor in self.real for tensor in tensors)
+            self._note_float_operation(func, producers, real)
         if not producers:
             return None
-        quantized = tuple(p.label.rpartition(".")[0] for p in producers if isinstance(p, FakeQuantize))
-        if quantized and not self.depth:
-            self.links.float_operations[str(func._overloadpacket), quantized] = None
-        return FloatSource(f"{func._overloadpacket} leaves the grid")
+        return FloatSource(f"{func._overloadpacket} leaves the grid", _reads(producers))
+
+    def _note_float_operation(self, func: Any, producers: list[Producer], real: bool) -> None:
+        if producers or real:
+            self.links.float_operations[str(func._overloadpacket), _reads(producers)] = None
+
+
+def _reads(producers: Sequence[Producer]) -> tuple[str, ...]:
+    """Paths of the QAT modules that values come from."""
+    paths: dict[str, None] = {}
+    for producer in producers:
+        owner = (producer.label.rpartition(".")[0],) if isinstance(producer, FakeQuantize) else producer.reads
+        paths.update(dict.fromkeys(owner))
+    return tuple(paths)
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+# They read the shape and the dtype of a tensor, not its values.
+_WITHOUT_VALUES = frozenset(
+    {
+        *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like),
+        *(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full),
+    }
+)
 
 
 def _record(
     model: nn.Module, modules: Any, links: Links, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     recorder = _Recorder(links)
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    stored = {id(tensor): name for name, tensor in tensors}
 
     def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         recorder.depth += 1
         if not _has_links(module):
             return
-        for index, tensor in enumerate(t for t in (*inputs, *named.values()) if isinstance(t, Tensor)):
-            links.add(module, index, recorder.producer_or_source(tensor, "an input of the model, or made in float"))
+        links.seen.setdefault(module, {})
+        for index, tensor in enumerate(module.data_tensors((*inputs, *named.values()))):
+            name = stored.get(id(tensor))
+            reason = f"{name} is stored in the model" if name else "an input of the model, or made in float"
+            links.add(module, index, recorder.producer_or_source(tensor, FloatSource(reason, is_stored=bool(name))))
 
     def leave(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         recorder.depth -= 1
@@ -183,6 +234,7 @@ def _record(
             stack.callback(module.register_forward_hook(leave, prepend=True).remove)
             if module.output_quantizer is not None:
                 stack.callback(module.output_quantizer.register_forward_hook(after).remove)
+        recorder.enter((args, kwargs))
         stack.enter_context(recorder)
         model(*args, **kwargs)
 
@@ -266,7 +318,7 @@ def _connect(model: nn.Module, modules: dict[str, QatModule], links: Links) -> L
             producers = list(inputs[index])
             root = groups.find(producers[0])
             if root not in quantizers:
-                quantizers[root] = root if isinstance(root, FakeQuantize) else _like(module)
+                quantizers[root] = root if isinstance(root, FakeQuantize) else _like(module, root)
             sources.append(quantizers[root])
             lost = [producer for producer in producers if isinstance(producer, FloatSource)]
             if lost:
@@ -286,7 +338,10 @@ def _float_operations(links: Links) -> Iterator[FloatOperation]:
 
 
 # Operators of which there is a module that owns a quantizer; `fuse` puts it in place where it can trace.
-_AS_MODULES = {"add": "Add", "sub": "Sub", "mul": "Mul", "cat": "Cat"}
+_AS_MODULES = {
+    **{"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "cat": "Cat", "stack": "Stack"},
+    **{"mm": "MatMul", "bmm": "MatMul", "matmul": "MatMul", "clamp": "Clamp"},
+}
 
 
 def _group(names: dict[QatModule, str], links: Links) -> _Groups:
@@ -307,9 +362,15 @@ def _with_version(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _like(module: QatModule) -> FakeQuantize:
-    quantizer, own = module.qconfig.make_input().train(module.training), module.output_quantizer
+def _like(module: QatModule, source: FloatSource) -> FakeQuantize:
+    own, qconfig = module.output_quantizer, module.qconfig
     assert own is not None  # only modules with links ask for one
+    if source.is_stored and module.symmetric_parameters and isinstance(qconfig.activation, QuantizerConfig):
+        spec = dataclasses.replace(qconfig.activation.spec, symmetric=True)
+        quantizer = dataclasses.replace(qconfig.activation, spec=spec).make()
+    else:
+        quantizer = qconfig.make_input()
+    quantizer.train(module.training)
     quantizer.observer_enabled, quantizer.fake_quant_enabled = own.observer_enabled, own.fake_quant_enabled
     return quantizer.to(next((b.device for b in own.buffers()), "cpu"))
 

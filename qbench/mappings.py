@@ -68,76 +68,145 @@ QAT_CLASSES: tuple[type[QatModule], ...] = (
     nnqat.Mean,
     nnqat.AdaptiveAvgPool2d,
     nnqat.AvgPool2d,
+    nnqat.Div,
+    nnqat.MatMul,
+    nnqat.Stack,
+    nnqat.Clamp,
+    nnqat.AdaptiveAvgPool1d,
+    nnqat.AdaptiveAvgPool3d,
+    nnqat.AvgPool1d,
+    nnqat.AvgPool3d,
+    nnqat.LPPool1d,
+    nnqat.LPPool2d,
+    nnqat.LPPool3d,
+    nnqat.Interpolate,
+    nnqat.Upsample,
+    nnqat.UpsamplingBilinear2d,
+    nnqat.Embedding,
+    nnqat.EmbeddingBag,
+    nnqat.LayerNorm,
+    nnqat.GroupNorm,
+    nnqat.InstanceNorm1d,
+    nnqat.InstanceNorm2d,
+    nnqat.InstanceNorm3d,
+    nnqat.LocalResponseNorm,
+    nnqat.RMSNorm,
+    nnqat.NormalizeGroups,
+    nnqat.NormalizeLayer,
+    nnqat.CELU,
     nnqat.ELU,
     nnqat.GELU,
+    nnqat.GLU,
+    nnqat.Hardshrink,
     nnqat.Hardsigmoid,
     nnqat.Hardswish,
     nnqat.Hardtanh,
     nnqat.LeakyReLU,
+    nnqat.LogSigmoid,
+    nnqat.LogSoftmax,
     nnqat.Mish,
+    nnqat.PReLU,
+    nnqat.RReLU,
     nnqat.ReLU6,
+    nnqat.SELU,
     nnqat.SiLU,
     nnqat.Sigmoid,
+    nnqat.Softmax,
+    nnqat.Softmax2d,
+    nnqat.Softmin,
+    nnqat.Softplus,
+    nnqat.Softshrink,
+    nnqat.Softsign,
     nnqat.Tanh,
+    nnqat.Tanhshrink,
+    nnqat.Threshold,
 )
 
-# Operations on two tensors that become modules.
+# Operations on two tensors, or on a tensor and a number, that become modules; those in place have names of their own.
 TENSOR_OPS: dict[Any, Callable[[], nn.Module]] = {
-    operator.add: ops.Add,
-    operator.iadd: ops.Add,
-    torch.add: ops.Add,
-    "add": ops.Add,
-    "add_": ops.Add,
-    operator.sub: ops.Sub,
-    operator.isub: ops.Sub,
-    torch.sub: ops.Sub,
-    "sub": ops.Sub,
-    "sub_": ops.Sub,
-    operator.mul: ops.Mul,
-    operator.imul: ops.Mul,
-    torch.mul: ops.Mul,
-    "mul": ops.Mul,
-    "mul_": ops.Mul,
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), ops.Add),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"), ops.Sub),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"), ops.Mul),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"), ops.Div),
+    **dict.fromkeys((operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm"), ops.MatMul),
 }
-CAT_CALLS = frozenset({torch.cat, torch.concat, torch.concatenate})
+# Changes of sign, which are a product with −1.
+NEGATIONS = frozenset({operator.neg, torch.neg, torch.negative, "neg"})
+# Functions of a list of tensors and an axis.
+LIST_OPS: dict[Any, Callable[[int], nn.Module]] = {
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), ops.Cat),
+    torch.stack: ops.Stack,
+}
 
 # Functions and methods of one tensor, and what computes the same from their other arguments, in the same order. A chain
 # may end in such a call instead of a module; one that stands alone becomes a module if that has a QAT class.
 MODULE_CALLS: dict[Any, type[nn.Module]] = {
-    F.relu: nn.ReLU,
-    torch.relu: nn.ReLU,
-    torch.relu_: nn.ReLU,
-    "relu": nn.ReLU,
-    "relu_": nn.ReLU,
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), nn.ReLU),
     F.relu6: nn.ReLU6,
     F.hardtanh: nn.Hardtanh,
+    **dict.fromkeys((torch.clamp, torch.clip, "clamp", "clip"), ops.Clamp),
     F.hardswish: nn.Hardswish,
     F.hardsigmoid: nn.Hardsigmoid,
     F.silu: nn.SiLU,
     F.gelu: nn.GELU,
     F.mish: nn.Mish,
     F.elu: nn.ELU,
+    **dict.fromkeys((F.selu, torch.selu), nn.SELU),
+    **dict.fromkeys((F.celu, torch.celu), nn.CELU),
+    F.glu: nn.GLU,
     F.leaky_relu: nn.LeakyReLU,
-    F.sigmoid: nn.Sigmoid,
-    torch.sigmoid: nn.Sigmoid,
-    "sigmoid": nn.Sigmoid,
-    torch.sigmoid_: nn.Sigmoid,
-    "sigmoid_": nn.Sigmoid,
-    F.tanh: nn.Tanh,
-    torch.tanh: nn.Tanh,
-    "tanh": nn.Tanh,
-    torch.tanh_: nn.Tanh,
-    "tanh_": nn.Tanh,
+    F.logsigmoid: nn.LogSigmoid,
+    F.softplus: nn.Softplus,
+    F.softsign: nn.Softsign,
+    F.softshrink: nn.Softshrink,
+    F.hardshrink: nn.Hardshrink,
+    F.tanhshrink: nn.Tanhshrink,
+    F.threshold: nn.Threshold,
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), nn.Sigmoid),
+    **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), nn.Tanh),
+    **dict.fromkeys((F.softmax, torch.softmax, "softmax"), nn.Softmax),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, "log_softmax"), nn.LogSoftmax),
+    F.softmin: nn.Softmin,
+    F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
     F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    F.adaptive_avg_pool3d: nn.AdaptiveAvgPool3d,
+    F.avg_pool1d: nn.AvgPool1d,
     F.avg_pool2d: nn.AvgPool2d,
-    torch.mean: ops.Mean,
-    "mean": ops.Mean,
+    F.avg_pool3d: nn.AvgPool3d,
+    F.lp_pool1d: nn.LPPool1d,
+    F.lp_pool2d: nn.LPPool2d,
+    F.local_response_norm: nn.LocalResponseNorm,
+    **dict.fromkeys((torch.mean, "mean"), ops.Mean),
+}
+
+
+def _resample(size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> tuple[nn.Module, list[Any]]:
+    return ops.Interpolate(None, scale_factor, *args, **kwargs), [size]
+
+
+def _layer_norm(
+    normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> tuple[nn.Module, list[Any]]:
+    return ops.NormalizeLayer(normalized_shape, eps), [weight, bias]
+
+
+def _group_norm(
+    num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> tuple[nn.Module, list[Any]]:
+    return ops.NormalizeGroups(num_groups, eps), [weight, bias]
+
+
+# Functions of one tensor and of values that come with the call: the module, and what it is called with besides.
+CALLS_WITH_VALUES: dict[Any, Callable[..., tuple[nn.Module, list[Any]]]] = {
+    F.interpolate: _resample,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
 }
 
 # Calls that write to their first tensor, besides those that are told to: inplace=True.
 IN_PLACE_CALLS = frozenset(
     {
-        *(operator.iadd, operator.isub, operator.imul, "add_", "sub_", "mul_"),
+        *(operator.iadd, operator.isub, operator.imul, operator.itruediv, "add_", "sub_", "mul_", "div_"),
         *(torch.relu_, "relu_", torch.sigmoid_, "sigmoid_", torch.tanh_, "tanh_"),
     }
 )

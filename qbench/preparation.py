@@ -227,7 +227,8 @@ def _swap(
         reason = _reason_for_float(module, qat_type, qconfig)
         if reason:
             count = sum(parameter.numel() for parameter in module.parameters())
-            left.append(LeftInFloat(path, type(module).__name__, reason, qconfig is None, count))
+            on_purpose = qconfig is None or (qat_type is not None and qconfig.weight_only)
+            left.append(LeftInFloat(path, type(module).__name__, reason, on_purpose, count))
         if not isinstance(module, Fused):
             # Not named_children, which leaves out the second name of a child.
             for name, child in list(module._modules.items()):
@@ -269,7 +270,8 @@ def _qat_type(
 
 def _is_quantized(module: nn.Module, qat_type: type[QatModule], qconfig: QConfig | None) -> bool:
     """Whether there is something to quantize: weight-only, an operation without a weight stays as it is."""
-    return isinstance(qconfig, QConfig) and not qat_type.accepts(module, qconfig)
+    wanted = isinstance(qconfig, QConfig) and not qat_type.accepts(module, qconfig)
+    return wanted and not qat_type.keeps_grid(module)
 
 
 def _check_groups(module: nn.Module, path: str, qconfig: QConfig) -> None:
@@ -336,24 +338,24 @@ _TRANSPARENT = (
     nn.ReLU,
     nn.Flatten,
     nn.Unflatten,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.ZeroPad2d,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.ChannelShuffle,
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+    nn.UpsamplingNearest2d,
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold),
 )
 
 
 def _reason_for_float(module: nn.Module, qat_type: type[QatModule] | None, qconfig: QConfig | None) -> str:
     """Why a module stays float; empty for what has nothing to quantize."""
     if qat_type is not None:
+        if qat_type.keeps_grid(module):
+            return ""
         if qconfig is None:
             return "its qconfig is None"
         # Without parameters, weight-only has nothing to say of it.

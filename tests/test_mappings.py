@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,23 +74,66 @@ ARGUMENTS: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.LeakyReLU: (0.2,),
     nn.AdaptiveAvgPool2d: ((2, 3),),
     nn.AvgPool2d: (3, 2, 1, True, False, 5),
+    nn.AdaptiveAvgPool1d: (3,),
+    nn.AdaptiveAvgPool3d: ((2, 3, 1),),
+    nn.AvgPool1d: (3, 2, 1, True, False),
+    nn.AvgPool3d: (3, 2, 1, True, False, 5),
+    nn.LPPool1d: (2, 2, 1),
+    nn.LPPool2d: (2, 2, 1),
+    nn.LocalResponseNorm: (2, 1e-2, 0.5, 2.0),
+    nn.Softmax: (-1,),
+    nn.Softmin: (-1,),
+    nn.LogSoftmax: (-1,),
+    nn.CELU: (0.7,),
+    nn.GLU: (-2,),
+    nn.Softplus: (2.0, 5.0),
+    nn.Softshrink: (0.3,),
+    nn.Hardshrink: (0.3,),
+    nn.Threshold: (0.2, -0.1),
+    qbench.nn.Clamp: (-0.5, 1.5),
     qbench.nn.Mean: ((-1, 2), True),
 }
 
 
 def test_the_functions_of_one_tensor_compute_what_the_modules_do() -> None:
-    x = torch.linspace(-4, 8, 144).reshape(1, 4, 6, 6)
+    everything = torch.linspace(-4, 8, 144).reshape(1, 4, 6, 6)
     for call, kind in mappings.MODULE_CALLS.items():
         arguments = ARGUMENTS.get(kind, ())
+        x = everything[0] if kind.__name__.endswith("1d") else everything
         found = getattr(x.clone(), call)(*arguments) if isinstance(call, str) else call(x.clone(), *arguments)
         assert torch.equal(found, kind(*arguments)(x)), call
 
 
 @pytest.mark.parametrize("call", mappings.TENSOR_OPS, ids=str)
 def test_the_functions_of_two_tensors_compute_what_the_modules_do(call: Any) -> None:
-    x, y = torch.randn(2, 50)
-    found = getattr(x.clone(), call)(y) if isinstance(call, str) else call(x.clone(), y)
-    assert torch.equal(found, mappings.TENSOR_OPS[call]()(x, y))
+    kind = mappings.TENSOR_OPS[call]
+    dims = 3 if call in (torch.bmm, "bmm") else 2
+    pairs: list[tuple[Any, Any]] = [tuple(torch.randn(2, *[5] * dims))]
+    if kind is not qbench.nn.MatMul:
+        pairs.append((torch.randn(50), 0.7))
+    if call in (operator.sub, operator.truediv, operator.add, operator.mul):
+        pairs.append((0.7, torch.randn(50)))
+    for x, y in pairs:
+        copied = x.clone() if isinstance(x, Tensor) else x
+        found = getattr(copied, call)(y) if isinstance(call, str) else call(copied, y)
+        assert torch.equal(found, kind()(x, y))
+
+
+@pytest.mark.parametrize("call", [*mappings.LIST_OPS, *mappings.NEGATIONS], ids=str)
+def test_lists_and_signs(call: Any) -> None:
+    tensors = list(torch.randn(3, 4, 5))
+    if call in mappings.NEGATIONS:
+        found = tensors[0].neg() if call == "neg" else call(tensors[0])
+        assert torch.equal(found, qbench.nn.Mul()(tensors[0], -1))
+        return
+    for dim in (0, 1, -1):
+        assert torch.equal(call(tensors, dim), mappings.LIST_OPS[call](dim)(*tensors))
+
+
+def test_every_operation_in_place_is_known_as_one() -> None:
+    written = {call for call in (*mappings.TENSOR_OPS, *mappings.MODULE_CALLS) if str(call).rstrip("'").endswith("_")}
+    assert {call for call in written if isinstance(call, str)} <= mappings.IN_PLACE_CALLS
+    assert {*mappings.TENSOR_OPS, *mappings.MODULE_CALLS} >= mappings.IN_PLACE_CALLS
 
 
 # Patterns of the user's own.

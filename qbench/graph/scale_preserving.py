@@ -91,6 +91,7 @@ SCALE_PRESERVING: tuple[OpOverloadPacket[Any, Any], ...] = (
     aten.diagonal,
     aten.index,
     aten.index_select,
+    aten.embedding,
     aten.gather,
     aten.take_along_dim,
     aten.chunk,

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from qbench.errors import PreparationError
 
 # Method of a FloatFunctional → the operation that computes it.
-OPERATIONS = {"add": "Add", "add_relu": "AddReLU", "mul": "Mul", "cat": "Cat", "matmul": "MatMul"}
+OPERATIONS = {
+    "add": "Add",
+    "add_relu": "AddReLU",
+    "add_scalar": "Add",
+    "mul": "Mul",
+    "mul_scalar": "Mul",
+    "cat": "Cat",
+    "matmul": "MatMul",
+}
 
 
 class FunctionalCalls(nn.Module):
@@ -36,6 +44,16 @@ class FunctionalCalls(nn.Module):
     def mul(self, x: Tensor, y: Tensor) -> Tensor:
         """`x · y`, where this is a Mul."""
         self._check_call("mul")
+        return self(x, y)
+
+    def add_scalar(self, x: Tensor, y: float) -> Tensor:
+        """`x + y` for a number, where this is an Add."""
+        self._check_call("add_scalar")
+        return self(x, y)
+
+    def mul_scalar(self, x: Tensor, y: float) -> Tensor:
+        """`x · y` for a number, where this is a Mul."""
+        self._check_call("mul_scalar")
         return self(x, y)
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:

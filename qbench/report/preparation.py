@@ -60,7 +60,8 @@ class FloatOperation:
 
     Attributes:
         operator: Its name, `"aten.add"`.
-        reads: Paths of the QAT modules whose output it reads.
+        reads: Paths of the QAT modules whose output its values come from; empty where they come from the model's
+            inputs alone.
         way_out: What would quantize it, or empty.
     """
 
@@ -127,6 +128,6 @@ class PreparationReport:
         lines += [f"left in float: {f.path or '(root)'} [{f.kind}], {f.reason}" for f in self.left_in_float]
         for found in self.float_operations:
             way_out = f"; {found.way_out} quantizes it" if found.way_out else ""
-            lines.append(f"computed in float: {found.operator} of {', '.join(found.reads)}{way_out}")
+            lines.append(f"computed in float: {found.operator} of {', '.join(found.reads) or 'the inputs'}{way_out}")
         lines += [f"not reached: {path}" for path in self.unreached]
         return "\n".join(lines)

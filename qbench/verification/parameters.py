@@ -29,7 +29,8 @@ def compare_parameters(
     found: dict[str, list[Layer]] = {}
     for node in program.graph.nodes:
         layer = read_layer(node, constants)
-        if layer is not None and is_dequantize(layer.weight):
+        # A product with a stored factor may be an operation of the model: a MatMul with a parameter is no layer.
+        if layer is not None and is_dequantize(layer.weight) and (layer.bias_name or module_path(node) in layers):
             found.setdefault(module_path(node), []).append(layer)
     strangers = sorted(set(found) - set(layers))
     if strangers or not found:

@@ -20,6 +20,7 @@ from qbench.mappings import QAT_CLASSES
 from qbench.nn import qat as nnqat
 from qbench.nn.intrinsic.fused import as_types
 from qbench.nn.qat.body import QatLayer, QatModule, QatOp
+from qbench.nn.qat.embedding import TableModule
 from qbench.nn.qat.kinds import BatchNormKind
 
 from .support import batch, in_eval, on_grid, same_bits, trained, with_input
@@ -41,24 +42,54 @@ PARTS: dict[type[nn.Module], Callable[[], nn.Module]] = {
     qnn.FrozenBatchNorm3d: lambda: qnn.FrozenBatchNorm3d(6, eps=1e-3),
     nn.ReLU: nn.ReLU,
     nn.ReLU6: nn.ReLU6,
-    qnn.Add: qnn.Add,
-    qnn.AddReLU: qnn.AddReLU,
-    qnn.Sub: qnn.Sub,
-    qnn.Mul: qnn.Mul,
+    **{kind: kind for kind in (qnn.Add, qnn.AddReLU, qnn.Sub, qnn.Mul, qnn.Div, qnn.MatMul)},
     qnn.Cat: lambda: qnn.Cat(1),
+    qnn.Stack: lambda: qnn.Stack(2),
     qnn.Mean: lambda: qnn.Mean(1, keepdim=True),
+    qnn.Clamp: lambda: qnn.Clamp(-0.7),
+    qnn.Interpolate: lambda: qnn.Interpolate(scale_factor=2, mode="bilinear", align_corners=True),
+    nn.Upsample: lambda: nn.Upsample((7, 8), mode="bilinear"),
+    nn.UpsamplingBilinear2d: lambda: nn.UpsamplingBilinear2d(scale_factor=2),
+    qnn.NormalizeLayer: lambda: qnn.NormalizeLayer((5, 5), eps=1e-3),
+    qnn.NormalizeGroups: lambda: qnn.NormalizeGroups(2, eps=1e-3),
+    nn.AdaptiveAvgPool1d: lambda: nn.AdaptiveAvgPool1d(3),
     nn.AdaptiveAvgPool2d: lambda: nn.AdaptiveAvgPool2d((2, 3)),
+    nn.AdaptiveAvgPool3d: lambda: nn.AdaptiveAvgPool3d((2, 3, 1)),
+    nn.AvgPool1d: lambda: nn.AvgPool1d(2, stride=1, padding=1),
     nn.AvgPool2d: lambda: nn.AvgPool2d(2, stride=1, padding=1, count_include_pad=False),
+    nn.AvgPool3d: lambda: nn.AvgPool3d(2, stride=1),
+    nn.LPPool1d: lambda: nn.LPPool1d(2, 2, stride=1),
+    nn.LPPool2d: lambda: nn.LPPool2d(2, 2),
+    nn.LPPool3d: lambda: nn.LPPool3d(2, 2),
+    nn.LayerNorm: lambda: nn.LayerNorm((5, 5)),
+    nn.RMSNorm: lambda: nn.RMSNorm((5, 5)),
+    nn.GroupNorm: lambda: nn.GroupNorm(2, 4),
+    nn.InstanceNorm1d: lambda: nn.InstanceNorm1d(4, affine=True),
+    nn.InstanceNorm2d: lambda: nn.InstanceNorm2d(4, affine=True),
+    nn.InstanceNorm3d: lambda: nn.InstanceNorm3d(4, affine=True),
+    nn.LocalResponseNorm: lambda: nn.LocalResponseNorm(2),
+    nn.Embedding: lambda: nn.Embedding(30, 6, padding_idx=2),
+    nn.EmbeddingBag: lambda: nn.EmbeddingBag(30, 6, mode="mean"),
     nn.ELU: lambda: nn.ELU(0.7),
     nn.GELU: lambda: nn.GELU("tanh"),
-    nn.Hardsigmoid: nn.Hardsigmoid,
-    nn.Hardswish: nn.Hardswish,
+    nn.GLU: lambda: nn.GLU(1),
+    nn.Hardshrink: lambda: nn.Hardshrink(0.3),
     nn.Hardtanh: lambda: nn.Hardtanh(-1.5, 0.7),
     nn.LeakyReLU: lambda: nn.LeakyReLU(0.2),
-    nn.Mish: nn.Mish,
-    nn.SiLU: nn.SiLU,
-    nn.Sigmoid: nn.Sigmoid,
-    nn.Tanh: nn.Tanh,
+    nn.RReLU: lambda: nn.RReLU(0.2, 0.2),  # one slope: nothing random
+    nn.PReLU: lambda: nn.PReLU(4, init=0.3),
+    nn.Softmax: lambda: nn.Softmax(1),
+    nn.Softmin: lambda: nn.Softmin(1),
+    nn.LogSoftmax: lambda: nn.LogSoftmax(1),
+    nn.Softshrink: lambda: nn.Softshrink(0.3),
+    nn.Threshold: lambda: nn.Threshold(0.2, -0.1),
+    **{
+        getattr(nn, name): getattr(nn, name)
+        for name in (
+            *("CELU", "Hardsigmoid", "Hardswish", "LogSigmoid", "Mish", "SELU", "SiLU", "Sigmoid"),
+            *("Softmax2d", "Softplus", "Softsign", "Tanh", "Tanhshrink"),
+        )
+    },
 }
 DIMS = {
     **{nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.Linear: 0},
@@ -78,9 +109,13 @@ def float_modules(qat: type[QatModule]) -> Iterator[nn.Module]:
 
 
 def example(qat: type[QatModule]) -> tuple[Tensor, ...]:
+    if issubclass(qat, TableModule):
+        return (torch.arange(24).reshape(4, 6),)
     if issubclass(qat, QatOp):
-        count = 2 if issubclass(qat, (qnn.Add, qnn.Sub, qnn.Mul, qnn.Cat)) else 1
-        return tuple(batch((2, 4, 5, 5), seed=seed) for seed in range(count))
+        two = (qnn.Add, qnn.Sub, qnn.Mul, qnn.Div, qnn.MatMul, qnn.Cat)
+        axes = next((int(end) for end in "13" if qat.__name__.endswith(f"{end}d")), 2)
+        made = [batch((2, 4, *[5] * axes), seed=seed) for seed in range(2 if issubclass(qat, two) else 1)]
+        return (made[0], made[1].abs() + 1) if issubclass(qat, qnn.Div) else tuple(made)
     return (batch((8, 6 if stands_alone(qat) else 4, *[5] * DIMS[qat.linear_type])),)
 
 
@@ -282,9 +317,9 @@ class TestConstructor:
 class TestRefusals:
     @classes
     def test_a_module_of_another_type(self, qat: type[QatModule]) -> None:
-        message = rf"{qat.__name__}\.from_float: got PReLU, expected {qat.float_type.__name__}"
+        message = rf"{qat.__name__}\.from_float: got Bilinear, expected {qat.float_type.__name__}"
         with pytest.raises(FusionError, match=message):
-            qat.from_float(nn.PReLU(), qbench.get_qconfig())
+            qat.from_float(nn.Bilinear(2, 3, 4), qbench.get_qconfig())
 
     def test_a_subclass_may_compute_something_else(self) -> None:
         class Standardised(nn.Conv2d):

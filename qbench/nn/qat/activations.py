@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from qbench.fake_quantize import FakeQuantize
 from qbench.nn.qat.body import QatOp
-from qbench.qconfig import QConfig
+from qbench.observers.fixed import FixedRangeObserver
+from qbench.qconfig import QConfig, QuantizerConfig
 
 
 class ActivationOp(QatOp):
@@ -28,6 +30,26 @@ class ActivationOp(QatOp):
             self.inplace = False
 
 
+class Probability(ActivationOp):
+    """Base of activations whose output lies in [0, 1]: their grid is known, `s = 2^−bits`, 0 at its lowest code.
+
+    Integer runtimes know this grid alone: ONNX Runtime's QLinearSoftmax gives other codes on any other.
+    """
+
+    def _add_quantizers(self, qconfig: QConfig) -> None:
+        super()._add_quantizers(qconfig)
+        config = qconfig.activation
+        if isinstance(config, QuantizerConfig):
+            bounds = {"low": 0.0, "high": 1.0 - 2.0**-config.spec.bits}
+            self.output_quantizer = FakeQuantize(config.spec, FixedRangeObserver(config.spec, **bounds))
+
+
+class CELU(ActivationOp, nn.CELU):
+    """CELU with a quantized output."""
+
+    float_type = nn.CELU
+
+
 class ELU(ActivationOp, nn.ELU):
     """ELU with a quantized output."""
 
@@ -38,6 +60,18 @@ class GELU(ActivationOp, nn.GELU):
     """GELU with a quantized output."""
 
     float_type = nn.GELU
+
+
+class GLU(ActivationOp, nn.GLU):
+    """GLU with a quantized output."""
+
+    float_type = nn.GLU
+
+
+class Hardshrink(ActivationOp, nn.Hardshrink):
+    """Hardshrink with a quantized output."""
+
+    float_type = nn.Hardshrink
 
 
 class Hardsigmoid(ActivationOp, nn.Hardsigmoid):
@@ -64,16 +98,46 @@ class LeakyReLU(ActivationOp, nn.LeakyReLU):
     float_type = nn.LeakyReLU
 
 
+class LogSigmoid(ActivationOp, nn.LogSigmoid):
+    """LogSigmoid with a quantized output."""
+
+    float_type = nn.LogSigmoid
+
+
+class LogSoftmax(ActivationOp, nn.LogSoftmax):
+    """LogSoftmax with a quantized output."""
+
+    float_type = nn.LogSoftmax
+
+
 class Mish(ActivationOp, nn.Mish):
     """Mish with a quantized output."""
 
     float_type = nn.Mish
 
 
+class PReLU(ActivationOp, nn.PReLU):
+    """PReLU with a quantized output; its slopes, one or one a channel, stay float inside."""
+
+    float_type = nn.PReLU
+
+
+class RReLU(ActivationOp, nn.RReLU):
+    """RReLU with a quantized output; deployed with the mean of its slopes, as in eval."""
+
+    float_type = nn.RReLU
+
+
 class ReLU6(ActivationOp, nn.ReLU6):
     """ReLU6 with a quantized output."""
 
     float_type = nn.ReLU6
+
+
+class SELU(ActivationOp, nn.SELU):
+    """SELU with a quantized output."""
+
+    float_type = nn.SELU
 
 
 class SiLU(ActivationOp, nn.SiLU):
@@ -88,7 +152,55 @@ class Sigmoid(ActivationOp, nn.Sigmoid):
     float_type = nn.Sigmoid
 
 
+class Softmax(Probability, nn.Softmax):
+    """Softmax with an output quantized on the grid of probabilities."""
+
+    float_type = nn.Softmax
+
+
+class Softmax2d(Probability, nn.Softmax2d):
+    """Softmax2d with an output quantized on the grid of probabilities."""
+
+    float_type = nn.Softmax2d
+
+
+class Softmin(Probability, nn.Softmin):
+    """Softmin with an output quantized on the grid of probabilities."""
+
+    float_type = nn.Softmin
+
+
+class Softplus(ActivationOp, nn.Softplus):
+    """Softplus with a quantized output."""
+
+    float_type = nn.Softplus
+
+
+class Softshrink(ActivationOp, nn.Softshrink):
+    """Softshrink with a quantized output."""
+
+    float_type = nn.Softshrink
+
+
+class Softsign(ActivationOp, nn.Softsign):
+    """Softsign with a quantized output."""
+
+    float_type = nn.Softsign
+
+
 class Tanh(ActivationOp, nn.Tanh):
     """Tanh with a quantized output."""
 
     float_type = nn.Tanh
+
+
+class Tanhshrink(ActivationOp, nn.Tanhshrink):
+    """Tanhshrink with a quantized output."""
+
+    float_type = nn.Tanhshrink
+
+
+class Threshold(ActivationOp, nn.Threshold):
+    """Threshold with a quantized output."""
+
+    float_type = nn.Threshold

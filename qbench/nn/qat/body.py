@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -73,6 +75,10 @@ class QatModule(nn.Module):
 
     # Any: a subclass names a float type that does not derive from its base's.
     float_type: ClassVar[Any]
+    #: How many of the tensors that it is called with, counted from the first, lie on grids; None for all of them.
+    data_inputs: ClassVar[int | None] = None
+    #: Whether a parameter that is an operand gets a grid with zero point 0, as the factors of a matrix product need.
+    symmetric_parameters: ClassVar[bool] = False
 
     qconfig: QConfig
     input_quantizers: nn.ModuleDict
@@ -115,6 +121,17 @@ class QatModule(nn.Module):
         Here: without quantized activations, an operation has nothing to quantize.
         """
         return "weight-only quantization: it computes in float, on float activations" if qconfig.weight_only else ""
+
+    @classmethod
+    def keeps_grid(cls, module: nn.Module) -> bool:
+        """Whether this very module only moves or repeats values, so that there is nothing to quantize."""
+        return False
+
+    @classmethod
+    def data_tensors(cls, inputs: Iterable[Any]) -> tuple[Tensor, ...]:
+        """Of what a call gets, the tensors that lie on grids; integers and masks lie on none."""
+        tensors = (value for value in inputs if isinstance(value, Tensor) and value.is_floating_point())
+        return tuple(itertools.islice(tensors, cls.data_inputs))
 
     def _adopt(self, module: nn.Module, qconfig: QConfig) -> None:
         adopt_state(self, module)
@@ -220,10 +237,23 @@ class QatOp(QatModule):
         super().__init__(*args, **kwargs)
         self._add_quantizers(qconfig)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The float operation on inputs that lie on their grids, put on the output's grid."""
-        y = self.float_type.forward(self, *self.quantized_inputs(inputs))
+    def forward(self, *inputs: Any) -> Tensor:
+        """The float operation on inputs that lie on their grids, put on the output's grid.
+
+        Numbers, sizes and tensors of integers are handed on; with these alone, nothing is quantized.
+        """
+        tensors = self.data_tensors(inputs)
+        if not tensors:
+            plain: Tensor = self.float_type.forward(self, *inputs)
+            return plain
+        y = self.float_type.forward(self, *replaced(inputs, tensors, self.quantized_inputs(tensors)))
         return epilogue(y, quantize=self.output_quantizer)
+
+
+def replaced(inputs: Iterable[Any], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Any]:
+    """`inputs` with each of `tensors` exchanged for that of `others` at its place."""
+    queue = list(zip(tensors, others, strict=True))
+    return [queue.pop(0)[1] if queue and value is queue[0][0] else value for value in inputs]
 
 
 class QatLayer(QatModule):

@@ -134,13 +134,109 @@ class Mean(QatOp, ops.Mean):
     float_type = ops.Mean
 
 
+class Div(QatOp, ops.Div):
+    """Div with a quantized output."""
+
+    float_type = ops.Div
+
+
+class MatMul(QatOp, ops.MatMul):
+    """MatMul with a quantized output."""
+
+    float_type = ops.MatMul
+    symmetric_parameters = True
+
+
+class Stack(QatOp, ops.Stack):
+    """Stack with a quantized output."""
+
+    float_type = ops.Stack
+
+
+class Clamp(QatOp, ops.Clamp):
+    """Clamp with a quantized output: its bounds need not be codes of the input's grid."""
+
+    float_type = ops.Clamp
+
+
+class AdaptiveAvgPool1d(QatOp, nn.AdaptiveAvgPool1d):
+    """AdaptiveAvgPool1d with a quantized output: what it puts out of codes lies between codes."""
+
+    float_type = nn.AdaptiveAvgPool1d
+
+
 class AdaptiveAvgPool2d(QatOp, nn.AdaptiveAvgPool2d):
-    """AdaptiveAvgPool2d with a quantized output: an average of codes lies between codes."""
+    """AdaptiveAvgPool2d with a quantized output: what it puts out of codes lies between codes."""
 
     float_type = nn.AdaptiveAvgPool2d
 
 
+class AdaptiveAvgPool3d(QatOp, nn.AdaptiveAvgPool3d):
+    """AdaptiveAvgPool3d with a quantized output: what it puts out of codes lies between codes."""
+
+    float_type = nn.AdaptiveAvgPool3d
+
+
+class AvgPool1d(QatOp, nn.AvgPool1d):
+    """AvgPool1d with a quantized output: what it puts out of codes lies between codes."""
+
+    float_type = nn.AvgPool1d
+
+
 class AvgPool2d(QatOp, nn.AvgPool2d):
-    """AvgPool2d with a quantized output."""
+    """AvgPool2d with a quantized output: what it puts out of codes lies between codes."""
 
     float_type = nn.AvgPool2d
+
+
+class AvgPool3d(QatOp, nn.AvgPool3d):
+    """AvgPool3d with a quantized output: what it puts out of codes lies between codes."""
+
+    float_type = nn.AvgPool3d
+
+
+class LPPool1d(QatOp, nn.LPPool1d):
+    """LPPool1d with a quantized output: what it puts out of codes lies between codes."""
+
+    float_type = nn.LPPool1d
+
+
+class LPPool2d(QatOp, nn.LPPool2d):
+    """LPPool2d with a quantized output: what it puts out of codes lies between codes."""
+
+    float_type = nn.LPPool2d
+
+
+class LPPool3d(QatOp, nn.LPPool3d):
+    """LPPool3d with a quantized output: what it puts out of codes lies between codes."""
+
+    float_type = nn.LPPool3d
+
+
+class Interpolate(QatOp, ops.Interpolate):
+    """Interpolate with a quantized output, where it computes values; `"nearest"` repeats them and keeps the grid."""
+
+    float_type = ops.Interpolate
+    data_inputs = 1
+
+    @classmethod
+    def keeps_grid(cls, module: nn.Module) -> bool:
+        """See `QatModule.keeps_grid`."""
+        return str(module.mode).startswith("nearest")
+
+
+class Upsample(QatOp, nn.Upsample):
+    """Upsample with a quantized output, where it computes values; `"nearest"` repeats them and keeps the grid."""
+
+    float_type = nn.Upsample
+
+    @classmethod
+    def keeps_grid(cls, module: nn.Module) -> bool:
+        """See `QatModule.keeps_grid`."""
+        return str(module.mode).startswith("nearest")
+
+
+class UpsamplingBilinear2d(QatOp, nn.UpsamplingBilinear2d):
+    """UpsamplingBilinear2d with a quantized output."""
+
+    float_type = nn.UpsamplingBilinear2d

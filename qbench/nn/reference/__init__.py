@@ -1,11 +1,25 @@
 """Deployed form of QAT modules, which `convert` exports."""
 
-from qbench.nn.reference.modules import (
-    QuantizeDequantize,
-    ReferenceLayer,
-    ReferenceModule,
-    ReferenceOp,
-    reference_of,
-)
+from qbench.nn.qat.body import QatLayer, QatModule
+from qbench.nn.qat.embedding import Embedding, EmbeddingBag
+from qbench.nn.reference.embedding import ReferenceEmbedding, ReferenceEmbeddingBag
+from qbench.nn.reference.modules import QuantizeDequantize, ReferenceLayer, ReferenceModule, ReferenceOp
 
-__all__ = ["QuantizeDequantize", "ReferenceLayer", "ReferenceModule", "ReferenceOp", "reference_of"]
+__all__ = [
+    "QuantizeDequantize",
+    "ReferenceEmbedding",
+    "ReferenceEmbeddingBag",
+    "ReferenceLayer",
+    "ReferenceModule",
+    "ReferenceOp",
+    "reference_of",
+]
+
+
+def reference_of(qat: QatModule) -> ReferenceModule:
+    """The deployed form of a QAT module."""
+    if isinstance(qat, Embedding):
+        return ReferenceEmbedding(qat)
+    if isinstance(qat, EmbeddingBag):
+        return ReferenceEmbeddingBag(qat)
+    return ReferenceLayer(qat) if isinstance(qat, QatLayer) else ReferenceOp(qat)  # type: ignore[arg-type]

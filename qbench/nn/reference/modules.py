@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from qbench.graph.qdq import quantized_decomposed
 from qbench.nn.functional_calls import FunctionalCalls
-from qbench.nn.qat.body import QatLayer, QatModule, QatOp, adopt_state
+from qbench.nn.qat.body import QatLayer, QatModule, QatOp, adopt_state, replaced
 from qbench.nn.qat.kinds import BatchNormKind
 from qbench.numerics.qparams import QParams
 
@@ -60,7 +60,8 @@ class ReferenceModule(nn.Module):
         count = len(qat.sources or ())
         self.inputs = nn.ModuleList(QuantizeDequantize(qat.input_qparams(i)) for i in range(count))
         quantizer = qat.output_quantizer
-        self.output = None if quantizer is None else QuantizeDequantize(quantizer.deployed_qparams())
+        # Without a source it is only ever called with integers.
+        self.output = None if quantizer is None or not count else QuantizeDequantize(quantizer.deployed_qparams())
 
     def quantized_inputs(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         """Each input on its grid; as it comes where activations stay float."""
@@ -70,19 +71,22 @@ class ReferenceModule(nn.Module):
 
 
 class ReferenceOp(ReferenceModule, FunctionalCalls):
-    """Deployed form of an operation without parameters."""
+    """Deployed form of an operation; parameters that it has, those of a norm, stay float."""
 
     def __init__(self, qat: QatOp) -> None:
         super().__init__()
-        self.op = qat.to_float()
+        # A copy: a program that shared the parameters would train on with the model.
+        self.op = copy.deepcopy(qat.to_float()).requires_grad_(False)
+        self.data_tensors = type(qat).data_tensors
         self._add_grids(qat)
 
     def _operation(self) -> nn.Module:
         return self.op
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Tensors -> the operation's output on its grid."""
-        y = self.op(*self.quantized_inputs(tensors))
+    def forward(self, *inputs: Any) -> Tensor:
+        """What the operation is called with -> its output on its grid."""
+        tensors = self.data_tensors(inputs)
+        y = self.op(*replaced(inputs, tensors, self.quantized_inputs(tensors)))
         return y if self.output is None else self.output(y)
 
 
@@ -175,8 +179,3 @@ class FloatCall:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The convolution or matrix product."""
         return self.kind.linear(self.shell, x, weight, bias, *args)
-
-
-def reference_of(qat: QatModule) -> ReferenceModule:
-    """The deployed form of a QAT module."""
-    return ReferenceLayer(qat) if isinstance(qat, QatLayer) else ReferenceOp(qat)  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from qbench.passes.qdq_fusion.context import CODES_IN_FLOAT, FusionContext
 from qbench.passes.qdq_fusion.elementwise import CatRule, ElementwiseRule
 from qbench.passes.qdq_fusion.layers import ConvolutionRule, LinearRule
 from qbench.passes.qdq_fusion.pooling import AverageRule
+from qbench.passes.qdq_fusion.scalar import ScalarRule
 from qbench.passes.qdq_fusion.unary import ClampRule, UnaryRule
 from qbench.passes.qdq_fusion.views import ViewRule
 from qbench.passes.qdq_fusion.weight_only import DynamicLinearRule, WeightOnlyLinearRule
@@ -39,6 +40,7 @@ FUSION_RULES: tuple[Rule[FusionContext, object], ...] = (
     DynamicLinearRule(),
     WeightOnlyLinearRule(),
     ElementwiseRule(),
+    ScalarRule(),
     CatRule(),
     AverageRule(),
     UnaryRule(),

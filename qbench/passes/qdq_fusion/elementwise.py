@@ -39,8 +39,8 @@ class ElementwiseRule(Rule[FusionContext, FusedCall]):
 
     def match(self, node: fx.Node, context: FusionContext) -> FusedCall | None:
         """See `Rule.match`."""
-        if not _is_quantized_arithmetic(node):
-            return None
+        if not _is_quantized_arithmetic(node) or not isinstance(node_argument(node, "other"), fx.Node):
+            return None  # That of a number is a function of one value: `ScalarRule`.
         operation = _OPERATIONS[packet(node.target)]
         context.function(operation)
         if has_argument(node.target, "alpha") and node_argument(node, "alpha") != 1:
