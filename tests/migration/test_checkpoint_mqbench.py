@@ -6,6 +6,8 @@ nn.intrinsic.qat modules for layers (`weight_fake_quant`, `bn`), mqbench/fake_qu
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -85,9 +87,18 @@ PLACES = {
 LAST = "fc.output_quantizer"
 
 
+@functools.cache
+def fused() -> nn.Module:
+    return qbench.fuse(Net().train())
+
+
+@functools.cache
+def kept(options: tuple[tuple[str, Any], ...]) -> nn.Module:
+    return qbench.prepare_qat(fused(), qconfig=qbench.get_qconfig(**dict(options)), example_inputs=(images(),))
+
+
 def prepared(**options: Any) -> nn.Module:
-    model = qbench.fuse(Net().train())
-    return qbench.prepare_qat(model, qconfig=qbench.get_qconfig(**options), example_inputs=(images(),))
+    return copy.deepcopy(kept(tuple(options.items())))
 
 
 def quantizer(kind: str, bits: int = 8, channels: int | None = None) -> dict[str, Tensor]:

@@ -71,6 +71,7 @@ def test_the_float_model_is_untouched_and_its_output_kept() -> None:
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.slow
 def test_the_program_has_the_values_of_the_trained_model() -> None:
     x = images()
     model = prepared(Block().train().fuse_model(), x)
@@ -97,6 +98,8 @@ CALLS = {
     "add_relu": lambda f, x, y: f.add_relu(x, y),
     "mul": lambda f, x, y: f.mul(x, y),
     "cat": lambda f, x, y: f.cat([x, y], 1),
+    "add_scalar": lambda f, x, y: f.add_scalar(x, 2.0),
+    "mul_scalar": lambda f, x, y: f.mul_scalar(x, 0.5),
     "matmul": lambda f, x, y: f.matmul(x, y),
 }
 
@@ -120,12 +123,18 @@ class Pair(nn.Module):
 
 
 @pytest.mark.parametrize("traceable", [True, False])
-@pytest.mark.parametrize("call", [call for call in CALLS if hasattr(ops, OPERATIONS[call])])
+@pytest.mark.parametrize("call", CALLS)
 def test_operation_is_found_by_tracing_and_by_running(call: str, traceable: bool) -> None:
     x, model = images(), Pair(call, traceable=traceable).eval()
     adopted, notes = adopt(copy.deepcopy(model), [(x,)])
     assert (type(adopted.f), notes) == (getattr(ops, OPERATIONS[call]), {})
     assert torch.equal(adopted(x), model(x))
+    qat = qbench.prepare_qat(model, qconfig=qbench.get_qconfig(observer="min_max"), example_inputs=(x,))
+    report = qbench.preparation_report(qat)
+    assert (report.left_in_float, [found for found in report.float_operations if found.reads]) == ((), [])
+    qat.train()(x)
+    step = float(qat.f.output_quantizer.scale)
+    assert float((qat.eval()(x) - model(x)).detach().abs().max()) < 20 * step
 
 
 def test_what_was_never_seen_stays_and_is_named() -> None:
@@ -148,21 +157,11 @@ def test_one_functional_for_two_operations_is_refused() -> None:
         prepared(Pair("add", "mul"), images())
 
 
-@pytest.mark.parametrize("method", ["add_scalar", "mul_scalar"])
-def test_scalars_are_computed_in_float_and_named(method: str) -> None:
-    class Scalar(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.f = nn.Conv2d(3, 4, 1), functional()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return getattr(self.f, method)(self.conv(x), 2.0)
-
-    x = images()
-    model = prepared(Scalar(), x)
-    report = qbench.preparation_report(model)
-    assert [found.path for found in report.left_in_float] == ["f"]
-    assert [found.operator for found in report.float_operations] == [f"aten.{method.partition('_')[0]}"]
+def test_an_override_names_a_functional() -> None:
+    x, rules = images(), [qbench.Override("skip_add", exclude=True), qbench.Override("fc", weight_bits=4)]
+    model = qbench.prepare_by_target(Block().train(), example_inputs=(x,), overrides=rules)
+    assert kinds(model) == {path: kind for path, kind in EXPECTED.items() if path != "skip_add"}
+    assert (type(model.skip_add), model.fc.weight_quantizer.spec.bits) == (ops.AddReLU, 4)
 
 
 def test_an_operation_refuses_the_method_of_another() -> None:
