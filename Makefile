@@ -13,13 +13,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 LINTED := setup.py qbench tests $(wildcard docs/images references benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format install install-dev clean
+.PHONY: help demo zoo test test-all lint format install install-dev clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 demo: install ## train ResNet-18 on real digits, deploy it to two runtimes, verify it, into runs/demo
 	$(BIN)/qbench train --model resnet18 --data digits --target onnxruntime --out $(DEMO) --overwrite
+
+zoo: install ## every torchvision model the whole way, one process each, hours; goes on where it stopped: docs/zoo.md
+	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m benchmarks.zoo.run
 
 test: lint ## lint, types, spelling and every test that is not slow
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
