@@ -64,7 +64,7 @@ TORCHVISION: dict[str, dict[str, int]] = {
     "resnet50": {"ConvBnReLU2d": 33, "ConvBn2d": 20, "AddReLU": 16},
     "mobilenet_v2": {"ConvBnReLU2d": 35, "ConvBn2d": 17, "Add": 10},
     "googlenet": {"ConvBnReLU2d": 57, "Cat": 9},
-    "shufflenet_v2_x0_5": {"ConvBnReLU2d": 37, "ConvBn2d": 19, "Cat": 16},
+    "shufflenet_v2_x0_5": {"ConvBnReLU2d": 37, "ConvBn2d": 19, "Cat": 16, "Mean": 1},
     "mobilenet_v3_small": {"ConvBn2d": 29, "ConvBnReLU2d": 5, "ConvReLU2d": 9, "Mul": 9, "Add": 6},
     "efficientnet_b0": {"ConvBn2d": 49, "Mul": 16, "Add": 9},
 }
