@@ -127,6 +127,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _bits(text: str) -> int | str:
+    return text if text == "target" else int(text)
+
+
 def job_of(arguments: argparse.Namespace) -> Job:
     """The `Job` that the options of `qbench train` stand for.
 
@@ -161,10 +165,11 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantization")
-    group.add_argument("--weight-bits", type=int, default=8, metavar="N", help="default: %(default)s")
-    group.add_argument("--activation-bits", type=int, default=8, metavar="N", help="default: %(default)s")
-    group.add_argument("--bias-bits", type=int, default=32, metavar="N", help="default: %(default)s")
-    group.add_argument("--bias-scale", default="input_weight", help=f"{', '.join(BIAS_SCALES)} (default: %(default)s)")
+    for role in ("weight", "activation", "bias"):
+        group.add_argument(
+            f"--{role}-bits", type=_bits, default="target", metavar="N", help="default: the target's own"
+        )
+    group.add_argument("--bias-scale", default="target", help=f"{', '.join(BIAS_SCALES)} (default: the target's own)")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

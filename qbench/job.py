@@ -67,7 +67,7 @@ class Job:
         model: A torchvision classification name, or `file.py:function`.
         data: A spec of `qbench.data.load`.
         target: Name of a target.
-        weight_bits: Width of weight codes.
+        weight_bits: Width of weight codes; `"target"` here and below for the target's own choice.
         activation_bits: Width of activation codes.
         bias_bits: Width of bias codes.
         bias_scale: `"input_weight"`, `"own"` or `"own_pow2"`.
@@ -89,10 +89,10 @@ class Job:
     model: str = "resnet18"
     data: str = "digits"
     target: str = "onnxruntime"
-    weight_bits: int = 8
-    activation_bits: int = 8
-    bias_bits: int = 32
-    bias_scale: str = "input_weight"
+    weight_bits: int | str = "target"
+    activation_bits: int | str = "target"
+    bias_bits: int | str = "target"
+    bias_scale: str = "target"
     float_training: Settings = FLOAT_TRAINING
     qat_training: Settings = QAT_TRAINING
     image_size: int | None = None

@@ -157,6 +157,12 @@ def test_defaults_of_the_parser_are_those_of_the_job() -> None:
     assert cli.job_of(arguments) == Job(out=Path("runs/demo"))
 
 
+@pytest.mark.parametrize("target", [name for name in targets.names() if name != "vulkan"])
+def test_widths_that_nobody_asks_for_are_the_target_s_own(target: str, tmp_path: Path) -> None:
+    parsed = cli.build_parser().parse_args(["train", "--out", str(tmp_path), "--target", target])
+    assert job._qconfig(cli.job_of(parsed)) == qbench.get_qconfig(target)
+
+
 def test_every_option_arrives_in_the_job() -> None:
     line = (
         "train --out o --model m --data d --target xnnpack --weight-bits 4 --activation-bits 5 --bias-bits 16 "
