@@ -17,6 +17,7 @@ from qbench.observers import (
     LatestMinMaxObserver,
     MagnitudeObserver,
     MeanMagnitudeObserver,
+    MinMaxObserver,
     MovingAverageMinMaxObserver,
     Observer,
 )
@@ -45,10 +46,10 @@ class Method:
 METHODS: tuple[Method, ...] = (
     Method("fixed"),
     Method("lsq", LSQ, LSQ, MeanMagnitudeObserver, LatestMeanMagnitudeObserver),
-    Method("lsq_plus", LSQPlus, LSQ, MovingAverageMinMaxObserver, LatestMeanMagnitudeObserver),
+    Method("lsq_plus", LSQPlus, LSQ, MinMaxObserver, LatestMeanMagnitudeObserver),
     Method("pact", PACT, DoReFaWeight, MagnitudeObserver),
     Method("dorefa", DoReFaActivation, DoReFaWeight, MagnitudeObserver),
-    Method("dsq", DSQ, DSQ),
+    Method("dsq", DSQ, DSQ, MinMaxObserver),
     Method("tqt", TQT, TQT, MagnitudeObserver),
 )
 

@@ -6,8 +6,9 @@
     largest      s = max|x| / Q_P
     mean         s = 2·mean|x| / sqrt(Q_P)             the start of LSQ (Esser et al. 2020, section 2.1)
 
-`Q_P` is the highest code minus the zero point. A tensor is two-sided for good once a negative value was seen; symmetric
-specs are two-sided from the start. `min_val` holds the lowest value seen, `max_val` the mean of max|x| or of mean|x|.
+`Q_P` is the highest code minus the zero point. Maximum and mean are those of everything seen. A tensor is two-sided for
+good once a negative value was seen; symmetric specs are two-sided from the start. `min_val` holds the lowest value
+seen, `max_val` max|x| or mean|x|.
 """
 
 from __future__ import annotations
@@ -20,20 +21,15 @@ from qbench.observers.base import LatestObserver, Observer
 
 
 class MagnitudeObserver(Observer):
-    """Moving average of max|x|, one-sided or symmetric.
-
-    Args:
-        spec: What is wanted.
-        averaging_constant: Weight of the newest tensor.
-    """
-
-    def __init__(self, spec: QSpec, averaging_constant: float = 0.01) -> None:
-        super().__init__(spec)
-        self.averaging_constant = averaging_constant
+    """Range of max|x| of everything seen, one-sided or symmetric."""
 
     def magnitude(self, rows: Tensor) -> Tensor:
-        """What is averaged, (rows, values) -> (rows,)."""
+        """What is kept, (rows, values) -> (rows,)."""
         return rows.abs().amax(1)
+
+    def combine(self, before: Tensor, now: Tensor, count: int) -> Tensor:
+        """Magnitude of everything seen; `now` is that of a tensor with `count` values for each scale."""
+        return torch.maximum(before, now)
 
     def scale(self, magnitude: Tensor, positive_codes: int) -> Tensor:
         """The scale that follows, shape of `magnitude`."""
@@ -45,14 +41,12 @@ class MagnitudeObserver(Observer):
         return self._ends(self.from_rows(rows.amin(1), x), self.from_rows(self.magnitude(rows), x))
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the mean magnitude towards that of `x`; the first tensor sets it."""
+        """Take `x` into account and return both ends for everything seen."""
         rows = self.rows(x)
-        lowest, now = self.from_rows(rows.amin(1), x), self.from_rows(self.magnitude(rows), x)
-        first = self.max_val < 0  # −inf stands for nothing seen
-        mean = torch.where(first, now, self.max_val + self.averaging_constant * (now - self.max_val))
-        lowest = torch.minimum(self.min_val, lowest)
-        self.keep(lowest, mean)
-        return self._ends(lowest, mean)
+        lowest = torch.minimum(self.min_val, self.from_rows(rows.amin(1), x))
+        magnitude = self.combine(self.max_val, self.from_rows(self.magnitude(rows), x), rows.shape[1])
+        self.keep(lowest, magnitude)
+        return self._ends(lowest, magnitude)
 
     def _ends(self, lowest: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
         spec = self.spec
@@ -67,13 +61,30 @@ class MagnitudeObserver(Observer):
 
 
 class MeanMagnitudeObserver(MagnitudeObserver):
-    """The start of LSQ: a moving average of mean|x|, one-sided or symmetric."""
+    """The start of LSQ: mean|x| of everything seen, one-sided or symmetric.
+
+    Args:
+        spec: What is wanted.
+    """
 
     clips = True
+
+    seen: Tensor
+
+    def __init__(self, spec: QSpec) -> None:
+        super().__init__(spec)
+        if not self.stateless:
+            self.register_buffer("seen", torch.tensor(0.0))
 
     def magnitude(self, rows: Tensor) -> Tensor:
         """Mean of |x|."""
         return rows.abs().mean(1)
+
+    def combine(self, before: Tensor, now: Tensor, count: int) -> Tensor:
+        """Mean of both, weighted by how many values they are of."""
+        self.seen.add_(count)
+        before = torch.where(before < 0, now, before)  # −inf stands for nothing seen
+        return before + (now - before) * (count / self.seen)
 
     def scale(self, magnitude: Tensor, positive_codes: int) -> Tensor:
         """`2·mean|x| / sqrt(Q_P)`."""

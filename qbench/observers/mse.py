@@ -46,7 +46,7 @@ class MSEObserver(MovingAverageMinMaxObserver):
 
     clips = True
 
-    def __init__(self, spec: QSpec, averaging_constant: float = 0.01, steps: int = 32) -> None:
+    def __init__(self, spec: QSpec, averaging_constant: float = 0.1, steps: int = 32) -> None:
         super().__init__(spec, averaging_constant)
         if not isinstance(steps, int) or steps < 2:
             raise ConfigError(f"MSEObserver(steps={steps!r}): expected 2 or more, steps=32 for example")

@@ -35,7 +35,7 @@ class PowerOfTwoObserver(MovingAverageMinMaxObserver):
 
     clips = True
 
-    def __init__(self, spec: QSpec, averaging_constant: float = 0.01) -> None:
+    def __init__(self, spec: QSpec, averaging_constant: float = 0.1) -> None:
         super().__init__(dataclasses.replace(spec, power_of_two=True), averaging_constant)
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:

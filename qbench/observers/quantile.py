@@ -32,7 +32,7 @@ class QuantileObserver(MovingAverageMinMaxObserver):
 
     clips = True
 
-    def __init__(self, spec: QSpec, averaging_constant: float = 0.01, quantile: float = 0.999) -> None:
+    def __init__(self, spec: QSpec, averaging_constant: float = 0.1, quantile: float = 0.999) -> None:
         super().__init__(spec, averaging_constant)
         self.quantile = share_between("quantile", quantile, 0.5, 1.0)
 
