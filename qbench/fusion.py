@@ -52,8 +52,9 @@ def fuse(model: nn.Module, *, example_inputs: tuple[Any, ...] | None = None) -> 
     """
     if not isinstance(model, nn.Module):
         raise FusionError(f"fuse: got {type(model).__name__}, expected a torch.nn.Module")
-    fused, notes = adopt(copy.deepcopy(model), () if example_inputs is None else (example_inputs,))
-    notes.update(split_norm_acts(fused))
+    # What it leaves is not noted here: prepare_qat looks again, with examples of its own.
+    fused, _ = adopt(copy.deepcopy(model), () if example_inputs is None else (example_inputs,))
+    notes: dict[str, str] = dict(split_norm_acts(fused))
     places = Counter(id(module) for _, module in fused.named_modules(remove_duplicate=False))
     fused = _fuse_tree(fused, "", places, notes, {})
     object.__setattr__(fused, NOTES, notes)

@@ -144,6 +144,13 @@ def test_what_was_never_seen_stays_and_is_named() -> None:
     assert "example_inputs" in left["f"]
 
 
+def test_what_fuse_could_not_tell_is_found_by_prepare_and_not_reported() -> None:
+    x, model = images(), Pair("mul", traceable=False)
+    qat = prepared(qbench.fuse(model), x)
+    left = {found.path for found in qbench.preparation_report(qat).left_in_float}
+    assert (kinds(qat)["f"], "f" in left) == ("Mul", False)
+
+
 def test_a_functional_that_nobody_calls_says_so_when_it_is_called() -> None:
     x, model = images(), Pair()
     qat = qbench.prepare_qat(model, qconfig=qbench.get_qconfig(), example_inputs=(x,))
