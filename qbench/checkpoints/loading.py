@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qbench.checkpoints import grids
 from qbench.checkpoints.mqbench_names import NodeNames, Place
 from qbench.checkpoints.report import IGNORED, TAKEN, TRANSLATED, CheckpointReport, KeyOutcome, MissingValue
-from qbench.checkpoints.source import Source, SourceQuantizer, present_name, read_source, without_prefix
+from qbench.checkpoints.source import NUMBERED, Source, SourceQuantizer, present_name, read_source, without_prefix
 from qbench.checkpoints.writing import set_grid, set_weight_scale
 from qbench.errors import ConfigError, PreparationError
 from qbench.fake_quantize import FakeQuantize
@@ -208,6 +208,8 @@ class _Plan:
     def _no_place(self, name: str, free: list[str]) -> str:
         if free:
             return f"it may be any of the inputs {', '.join(free)}: names={{{name!r}: {free[0]!r}}} says which"
+        if NUMBERED.fullmatch(name):
+            return f"torch.ao's FX mode numbers its quantizers: names={{{name!r}: 'fc.{_OUTPUT}'}} would say its place"
         module = dict(self.model.named_modules()).get(name)
         kind = f"a {type(module).__name__}" if module is not None else "this value"
         return f"no quantizer follows {kind} here: it stays on the grid of its input, or is computed inside a layer"

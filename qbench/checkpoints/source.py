@@ -3,6 +3,7 @@
     <path>.weight, <path>.bn.running_mean, …            plain tensors, under the names that they have here, too
     <path>.weight_fake_quant.<entry>                    a weight's quantizer
     <path>.activation_post_process.<entry>              torch.ao: the quantizer of a module's output
+    activation_post_process_<number>.<entry>            torch.ao in FX mode: a quantizer of the whole graph
     <node>_post_act_fake_quantizer.<entry>              MQBench: the quantizer after a node of its fx graph
 
 Entries of a quantizer: scale, zero_point, observer_enabled, fake_quant_enabled, and what its observer keeps below
@@ -25,6 +26,8 @@ from qbench.errors import ConfigError
 _BIAS = re.compile(r"(?P<name>.*?)\.?bias_fake_quant\.(?P<entry>.+)")
 _WEIGHT = re.compile(r"(?P<name>.*?)\.?weight_fake_quant\.(?P<entry>.+)")
 _OUTPUT = re.compile(r"(?P<name>.*?)\.?activation_post_process\.(?P<entry>.+)")
+NUMBERED = re.compile(r"activation_post_process_\d+")
+_NUMBERED_ENTRY = re.compile(rf"(?P<name>{NUMBERED.pattern})\.(?P<entry>.+)")
 _NODE = re.compile(r"(?P<name>.+)_post_act_fake_quantizer\.(?P<entry>.+)")
 _CONVERTED = re.compile(r"(_packed_params|(^|\.)quant\.scale$)")
 
@@ -100,7 +103,8 @@ def read_source(state_dict: Mapping[str, Any]) -> Source:
     for key, tensor in tensors.items():
         match, kind = _WEIGHT.fullmatch(key), weights
         if match is None:
-            match, kind = (_NODE.fullmatch(key) if is_mqbench else None) or _OUTPUT.fullmatch(key), outputs
+            match = (_NODE if is_mqbench else _NUMBERED_ENTRY).fullmatch(key) or _OUTPUT.fullmatch(key)
+            kind = outputs
         if _BIAS.fullmatch(key):
             biases.append(key)
         elif match is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -247,6 +248,24 @@ def test_wrong_names_are_refused(names: dict[str, str]) -> None:
     source, model = trained(TwoInputs(), x), ours(TwoInputs(), x)
     with pytest.raises(ConfigError, match=r"'(nobody|nowhere)' is no quantizer of the (checkpoint|model); .* are"):
         qbench.load_qat_checkpoint(model, source.state_dict(), names=names)
+
+
+def test_fx_mode_gives_weights_and_numbers_its_quantizers() -> None:
+    quantize_fx = importlib.import_module("torch.ao.quantization.quantize_fx")
+    x = images()
+    source = quantize_fx.prepare_qat_fx(Block().train(), ao.get_default_qat_qconfig_mapping("qnnpack"), (x,))
+    source(x)
+    model = ours(Block().train().fuse_model(), x)
+    report = qbench.load_qat_checkpoint(model, source.state_dict())
+    assert torch.equal(model.conv1.weight, source.conv1.weight)
+    assert torch.equal(model.conv2.bn.running_mean, source.conv2.bn.running_mean)
+    notes = {found.key: found.note for found in report.ignored}
+    assert "names={'activation_post_process_0'" in notes["activation_post_process_0.scale"]
+    assert not model.fc.output_quantizer.seen_data
+    names = {"activation_post_process_0": "conv1.input_quantizers.0"}
+    qbench.load_qat_checkpoint(model, source.state_dict(), names=names)
+    theirs = source.activation_post_process_0.scale[0]
+    assert torch.equal(model.conv1.input_quantizers["0"].scale, theirs)
 
 
 def symmetric(low: int, high: int) -> Any:
