@@ -44,7 +44,8 @@ def prepare_qat(
         model: A float model, fused or not; hooks, Python control flow and the names of its weights stay.
         mapping: {float type: QAT type} that come before the default ones.
         inplace: Change `model` itself.
-        qconfig: The qconfig of the root; the default is `model.qconfig`.
+        qconfig: The qconfig of the root; the default is `model.qconfig`. One of torch.ao, and its QConfigMapping, is
+            translated, here and on modules (`qbench.translate_qconfig`).
         example_inputs: One tuple of inputs to record a forward with, or a list of tuples, one per path of control flow.
             Without it the first forward is recorded.
 
@@ -52,7 +53,8 @@ def prepare_qat(
         The prepared model; `preparation_report(model)` says what was and was not quantized.
 
     Raises:
-        PreparationError: there is no qconfig anywhere, or nothing to quantize.
+        PreparationError: there is no qconfig anywhere, nothing to quantize, or torch.ao has prepared the model.
+        ConfigError: a qconfig of torch.ao without an equivalent.
         FusionError: a wrapper whose parts do not match.
         NumericsError: a weight or statistic is NaN or infinite.
         LinkError: quantizers that must become one differ, or learned quantizers are used without example_inputs.
