@@ -23,6 +23,7 @@ from torch import fx, nn
 from qbench import mappings
 from qbench.errors import FusionError
 from qbench.nn import ops
+from qbench.nn.attention import ExplicitAttention
 from qbench.nn.frozen import known_types
 from qbench.nn.intrinsic import Fused
 from qbench.nn.intrinsic.fused import matches_part
@@ -109,7 +110,7 @@ _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    if isinstance(module, (Fused, QatModule, ops.Operation, fx.GraphModule, NormAct)):
+    if isinstance(module, (Fused, QatModule, ops.Operation, fx.GraphModule, NormAct, ExplicitAttention)):
         return False  # a NormAct's two parts belong to the forward that calls it
     if any(kind in mappings.default_mapping() for kind in known_types(module)):
         return False  # it is quantized as a whole
@@ -345,7 +346,11 @@ def _is_operand(value: Any) -> bool:
 def _concatenation(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...], fx.Node] | None:
     options = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
     tensors, dim = options.pop("tensors"), options.pop("dim", options.pop("axis", 0))
-    if options or not isinstance(tensors, (list, tuple)) or len(tensors) < 2 or not isinstance(dim, int):
+    if options or not isinstance(dim, int):
+        return None
+    if isinstance(tensors, fx.Node):  # a list that the forward was given, as in DenseNet
+        return mappings.LIST_OPS[node.target](dim), (tensors,), node
+    if not isinstance(tensors, (list, tuple)) or len(tensors) < 2:
         return None
     inputs = tuple(tensor for tensor in tensors if isinstance(tensor, fx.Node))
     return (mappings.LIST_OPS[node.target](dim), inputs, node) if len(inputs) == len(tensors) else None
@@ -398,7 +403,7 @@ def _may_alias(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node's result may share memory with its inputs; a module with parameters puts out a new tensor."""
     if node.op == "call_module":
         part = _target(module, node)
-        computes = isinstance(part, ops.Operation) and not isinstance(part, InMode)  # replaced before: a new tensor, too
+        computes = isinstance(part, ops.Operation) and not isinstance(part, InMode)  # a new tensor, too
         return not computes and not any(True for _ in part.parameters())
     if _writes(node):
         return True

@@ -120,6 +120,12 @@ QAT_CLASSES: tuple[type[QatModule], ...] = (
     nnqat.Tanh,
     nnqat.Tanhshrink,
     nnqat.Threshold,
+    nnqat.ScaledLinear,
+    nnqat.CosineProduct,
+    nnqat.Normalize,
+    nnqat.MaskedSoftmax,
+    nnqat.RelativePositionBias,
+    nnqat.ContinuousPositionBias,
 )
 
 # Operations on two tensors, or on a tensor and a number, that become modules; those in place have names of their own.

@@ -703,3 +703,34 @@ def test_fuse_modules_refuses(chain: list[str], words: tuple[str, ...]) -> None:
         qbench.fuse_modules(model, chain, inplace=True)
     assert all(word in str(error.value) for word in words), error.value
     assert not count(model)
+
+
+class Dense(nn.Module):
+    """Each layer reads a list of what all layers before it put out, as in DenseNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        convs = (nn.Conv2d(n, 4, 1) for n in (4, 8))
+        self.layers = nn.ModuleList(Calls(lambda m, xs: m.conv(torch.cat(xs, 1)), conv=conv) for conv in convs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [self.first(x)]
+        for layer in self.layers:
+            found.append(layer(found))
+        return torch.cat(found, 1)
+
+
+def test_lists_of_tensors_that_a_forward_is_given_are_joined_by_a_module() -> None:
+    model, x = Dense(), images()
+    fused = qbench.fuse(model)
+    assert count(fused) == {"Cat": 3}
+    assert_same_outputs(model, fused, x)
+    prepared = qbench.prepare_qat(fused, qconfig=qbench.get_qconfig(), example_inputs=(x,))
+    coverage = qbench.quantization_coverage(prepared)
+    assert coverage.float_operations == () and coverage.linked_layers == 2
+    for _ in range(2):
+        prepared.train()(x)
+    program = qbench.convert(prepared.eval(), (x,))
+    assert torch.equal(program.module()(x), prepared(x))
+    assert sum(node.target is torch.ops.aten.cat.default for node in program.graph.nodes) == 3

@@ -10,7 +10,7 @@ the same codes would do for a product, and cost nothing; but runtimes know no op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,13 @@ class MatMul(Operation):
         return torch.matmul(x, y)
 
 
+def spread(inputs: Iterable[Any]) -> Iterator[Any]:
+    """Arguments one by one, with the tensors of a list in place of the list: a forward may hand one on as it got it."""
+    for value in inputs:
+        of_tensors = isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value)
+        yield from value if of_tensors else (value,)
+
+
 class Cat(Operation):
     """Concatenation along one axis.
 
@@ -86,9 +93,9 @@ class Cat(Operation):
         super().__init__()
         self.dim = dim
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Tensors that differ in size along `dim` only -> one tensor."""
-        return torch.cat(tensors, self.dim)
+    def forward(self, *tensors: Tensor | Sequence[Tensor]) -> Tensor:
+        """Tensors that differ in size along `dim` only, one by one or in a list -> one tensor."""
+        return torch.cat(tuple(spread(tensors)), self.dim)
 
     def extra_repr(self) -> str:
         """The axis."""
@@ -102,10 +109,10 @@ class Stack(Cat):
         dim: The new axis, of the result.
     """
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Tensors of one shape -> one tensor with an axis more."""
+    def forward(self, *tensors: Tensor | Sequence[Tensor]) -> Tensor:
+        """Tensors of one shape, one by one or in a list -> one tensor with an axis more."""
         # What torch.stack does, in operators that integer runtimes have.
-        return torch.cat([tensor.unsqueeze(self.dim) for tensor in tensors], self.dim)
+        return torch.cat([tensor.unsqueeze(self.dim) for tensor in spread(tensors)], self.dim)
 
 
 class Mean(Operation):

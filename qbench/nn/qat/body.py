@@ -29,6 +29,7 @@ from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.fake_quantize.producers import producer_of
 from qbench.nn.frozen import FrozenBatchNorm, known_types
 from qbench.nn.intrinsic.fused import Fused, as_types
+from qbench.nn.ops import spread
 from qbench.numerics.epilogue import epilogue
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
 from qbench.numerics.qparams import QParams, in_groups
@@ -130,7 +131,7 @@ class QatModule(nn.Module):
     @classmethod
     def data_tensors(cls, inputs: Iterable[Any]) -> tuple[Tensor, ...]:
         """Of what a call gets, the tensors that lie on grids; integers and masks lie on none."""
-        tensors = (value for value in inputs if isinstance(value, Tensor) and value.is_floating_point())
+        tensors = (value for value in spread(inputs) if isinstance(value, Tensor) and value.is_floating_point())
         return tuple(itertools.islice(tensors, cls.data_inputs))
 
     def _adopt(self, module: nn.Module, qconfig: QConfig) -> None:
@@ -251,9 +252,9 @@ class QatOp(QatModule):
 
 
 def replaced(inputs: Iterable[Any], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Any]:
-    """`inputs` with each of `tensors` exchanged for that of `others` at its place."""
+    """`inputs` one by one, with each of `tensors` exchanged for that of `others` at its place."""
     queue = list(zip(tensors, others, strict=True))
-    return [queue.pop(0)[1] if queue and value is queue[0][0] else value for value in inputs]
+    return [queue.pop(0)[1] if queue and value is queue[0][0] else value for value in spread(inputs)]
 
 
 class QatLayer(QatModule):
