@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qbench import targets
 from qbench.errors import ConfigError
-from qbench.fake_quantize import BiasQuantizer, FakeQuantize, check_role, find_method
+from qbench.fake_quantize import BiasQuantizer, FakeQuantize, check_role, find_method, find_method_of
 from qbench.fake_quantize.bias import BiasSpec
 from qbench.numerics.qparams import QSpec
 from qbench.observers import LatestMinMaxObserver, MovingAverageMinMaxObserver, Observer, find_observer
@@ -179,14 +179,14 @@ def get_qconfig(
     activation = None
     if activation_bits is not None and not (activation_bits == "target" and found.activation is None):
         spec = _with_bits(found.activation or QSpec(), activation_bits)
-        activation = _quantizer("activation", spec, activation_method or method, observer)
+        activation = _quantizer("activation", spec, method, activation_method, observer)
     elif activation_method is not None or observer is not None:
         raise ConfigError(
             f"activation_method={activation_method!r}, observer={observer!r}: activations stay in float; give "
             "activation_bits, activation_bits=8 for example"
         )
     spec = dataclasses.replace(_with_bits(found.weight, weight_bits), group_size=group_size)
-    weight = _quantizer("weight", spec, weight_method or method, weight_observer)
+    weight = _quantizer("weight", spec, method, weight_method, weight_observer)
     own = found.bias if activation is not None else BiasSpec()
     bias = BiasSpec(
         own.bits if bias_bits == "target" else bias_bits,  # type: ignore[arg-type]  # BiasSpec refuses other words
@@ -196,9 +196,14 @@ def get_qconfig(
 
 
 def _quantizer(
-    role: str, spec: QSpec, method: str | type[FakeQuantize], observer: str | type[Observer] | None
+    role: str,
+    spec: QSpec,
+    method: str | type[FakeQuantize],
+    own: str | type[FakeQuantize] | None,
+    observer: str | type[Observer] | None,
 ) -> QuantizerConfig:
-    found = find_method(method)
+    """The quantizer of a role: `own` method of it where given, which must then be one for it."""
+    found = find_method(method) if own is None else find_method_of(own, role)
     default = found.activation_observer if role == "activation" else found.weight_observer
     kind = found.activation if role == "activation" else found.weight
     return QuantizerConfig(spec, default if observer is None else find_observer(observer, role), kind)

@@ -7,7 +7,7 @@ from qbench.fake_quantize.dsq import DSQ
 from qbench.fake_quantize.learned import LearnedFakeQuantize
 from qbench.fake_quantize.lsq import LSQ
 from qbench.fake_quantize.lsq_plus import LSQPlus
-from qbench.fake_quantize.methods import METHODS, Method, check_role, find_method
+from qbench.fake_quantize.methods import METHODS, Method, check_role, find_method, find_method_of
 from qbench.fake_quantize.pact import PACT
 from qbench.fake_quantize.switches import (
     disable_fake_quant,
@@ -36,4 +36,5 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "find_method",
+    "find_method_of",
 ]
