@@ -33,8 +33,9 @@ from qbench.export.runtimes import RUNTIMES, get_runtime
 from qbench.folders import check_output, output_folder
 from qbench.fusion import fuse
 from qbench.models import build_model, check_outputs
-from qbench.preparation import preparation_report, prepare_qat
-from qbench.qconfig import QConfig, get_qconfig
+from qbench.one_call import prepare_by_target
+from qbench.preparation import preparation_report
+from qbench.qconfig import get_qconfig
 from qbench.report.conversion import ConversionReport
 from qbench.report.data import Comparison, RunSummary, Verification
 from qbench.report.html import report_page
@@ -198,18 +199,18 @@ def check_steps(job: Job, images: ImageData) -> None:
 
 def train(job: Job, images: ImageData, clock: Clock) -> Trained:
     """Train float, fuse, prepare and train on; the model that comes back is in eval mode."""
-    qconfig = _qconfig(job)
+    _check_activations(job)
     torch.manual_seed(job.seed)
     model = build_model(job.model, len(images.classes))
     check_outputs(model, job.model, images.example, len(images.classes))
     example = (images.example,)
-    _prepare(copy.deepcopy(model), qconfig, example)  # refuses now what it would refuse after an hour of training
+    _prepare(copy.deepcopy(model), job, example)  # refuses now what it would refuse after an hour of training
     held_out = data_sets.batches(images.held_out, _SCORE_BATCH, workers=job.float_training.workers)
     with clock("float", "train float"):
         training.fit(model, images.train, job.float_training, label="float")
         float_score = training.evaluate(model, held_out)
     with clock("qat", "train QAT"):
-        prepared = _prepare(model, qconfig, example)
+        prepared = _prepare(model, job, example)
         fitted = training.fit(prepared, images.train, job.qat_training, label="QAT  ")
         qat_score = training.evaluate(prepared.eval(), held_out)
     return Trained(prepared, float_score, qat_score, fitted)
@@ -221,22 +222,24 @@ def prepare_model(job: Job, classes: int, example: Tensor) -> nn.Module:
     Raises:
         QBenchError: the model cannot be built, or not be prepared.
     """
-    return _prepare(build_model(job.model, classes), _qconfig(job), (example,))
+    return _prepare(build_model(job.model, classes), job, (example,))
 
 
-def _qconfig(job: Job) -> QConfig:
-    return get_qconfig(
-        job.target,
-        weight_bits=job.weight_bits,
-        activation_bits=job.activation_bits,
-        bias_bits=job.bias_bits,
-        bias_scale=job.bias_scale,
-    )
+def _widths(job: Job) -> dict[str, Any]:
+    return {name: getattr(job, name) for name in ("weight_bits", "activation_bits", "bias_bits", "bias_scale")}
 
 
-def _prepare(model: nn.Module, qconfig: QConfig, example: tuple[Tensor, ...]) -> nn.Module:
-    fused = fuse(model.eval(), example_inputs=example)
-    return prepare_qat(fused.train(), qconfig=qconfig, example_inputs=example)
+def _check_activations(job: Job) -> None:
+    if get_qconfig(job.target, **_widths(job)).weight_only:
+        raise ConfigError(
+            f"target {job.target} leaves activations in float, and a run compares their codes; in Python, "
+            f"qbench.prepare_by_target(model, {job.target!r}) prepares such a model"
+        )
+
+
+def _prepare(model: nn.Module, job: Job, example: tuple[Tensor, ...]) -> nn.Module:
+    fuse(model.eval(), example_inputs=example)  # raises where fusing would change an output
+    return prepare_by_target(model.train(), job.target, example_inputs=example, **_widths(job))
 
 
 def to_program(job: Job, images: ImageData, model: nn.Module) -> ExportedProgram:
