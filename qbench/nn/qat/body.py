@@ -386,12 +386,15 @@ class QatLayer(QatModule):
         (x,) = self.quantized_inputs((input,))
         if self._uses_batch_statistics():
             return self._train_forward(x, *args)
+        return self._epilogue(self.folded_output(x, *args))
+
+    def folded_output(self, x: Tensor, *args: Any) -> Tensor:
+        """`F.conv*(x̂, Ŵ, b̂)`: the linear part with the BatchNorm folded, before the activation; one call."""
         grid, folded, scale = self.quantized_parameters()
         weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid.folded_float()
         bias = self._deployed_bias(folded, scale)
         dtype = self.linear_weight.dtype
-        y = self.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype), *args)
-        return self._epilogue(y)
+        return self.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype), *args)
 
     def _deployed_bias(self, folded: Tensor, scale: Tensor | None) -> Tensor | None:
         """`b̂`, or `b_f` without a scale for it; None where activations stay float and the layer has no bias."""
