@@ -1,6 +1,7 @@
 """qbench: quantization-aware training of CNNs whose trained codes are the deployed codes."""
 
-from qbench import errors, export, nn, passes, targets
+from qbench import errors, export, nn, passes, ptq, targets
+from qbench.attention import attention_report, explicit_attention
 from qbench.checkpoints import load_qat_checkpoint
 from qbench.conversion import conversion_report, convert
 from qbench.coverage import quantization_coverage
@@ -28,6 +29,7 @@ __all__ = [
     "QParams",
     "QSpec",
     "QuantizerConfig",
+    "attention_report",
     "conversion_report",
     "convert",
     "disable_fake_quant",
@@ -35,6 +37,7 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "errors",
+    "explicit_attention",
     "export",
     "freeze_bn_stats",
     "fuse",
@@ -48,6 +51,7 @@ __all__ = [
     "nn",
     "passes",
     "preparation_report",
+    "ptq",
     "quantization_coverage",
     "register_pattern",
     "targets",

@@ -29,6 +29,14 @@ from qbench.nn.qat.activations import (
     Tanhshrink,
     Threshold,
 )
+from qbench.nn.qat.attention import (
+    ContinuousPositionBias,
+    CosineProduct,
+    MaskedSoftmax,
+    Normalize,
+    RelativePositionBias,
+    ScaledLinear,
+)
 from qbench.nn.qat.body import ParameterCodes, QatLayer, QatModule, QatOp, freeze_bn_stats, update_bn_stats
 from qbench.nn.qat.embedding import Embedding, EmbeddingBag
 from qbench.nn.qat.layers import (
@@ -95,12 +103,14 @@ __all__ = [
     "CELU",
     "Cat",
     "Clamp",
+    "ContinuousPositionBias",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "CosineProduct",
     "Div",
     "ELU",
     "Embedding",
@@ -128,10 +138,12 @@ __all__ = [
     "LocalResponseNorm",
     "LogSigmoid",
     "LogSoftmax",
+    "MaskedSoftmax",
     "MatMul",
     "Mean",
     "Mish",
     "Mul",
+    "Normalize",
     "NormalizeGroups",
     "NormalizeLayer",
     "PReLU",
@@ -142,7 +154,9 @@ __all__ = [
     "RMSNorm",
     "RReLU",
     "ReLU6",
+    "RelativePositionBias",
     "SELU",
+    "ScaledLinear",
     "SiLU",
     "Sigmoid",
     "Softmax",
