@@ -126,7 +126,10 @@ class _Recorder(TorchDispatchMode):
         self.tags[tensor] = (producer, tensor._version)
 
     def settle(self) -> None:
-        """Tag what the last operator wrote to: its version moved after its dispatch."""
+        """Tag the last operator's results: one that writes moves the version, a view takes over that of its base.
+
+        Both happen after the operator's dispatch.
+        """
         for tensor, producer in self.written:
             self.tags[tensor] = (producer, tensor._version)
         self.written.clear()
@@ -156,8 +159,7 @@ class _Recorder(TorchDispatchMode):
                 self.real[tensor] = True
             if tag is not None:
                 self.tag(tensor, tag)
-                if func._schema.is_mutable:
-                    self.written.append((tensor, tag))  # after tag, which settles
+                self.written.append((tensor, tag))  # after tag, which settles
         return out
 
     def _output_tag(self, func: Any, args: Any, kwargs: Any) -> Producer | None:

@@ -429,3 +429,16 @@ def test_a_saved_output_carries_no_quantizer(tmp_path: Any) -> None:
     model = qbench.prepare_qat(Detour(), qconfig=qbench.get_qconfig(), example_inputs=(images(),))
     torch.save(model(images()), tmp_path / "y.pt")
     assert torch.load(tmp_path / "y.pt", weights_only=True).shape[1] == 2
+
+
+def test_a_view_of_what_was_written_to_keeps_its_link() -> None:
+    # A mean over the plane of a permuted tensor ends in as_strided_; the flatten behind it is a view of that.
+    class Permute(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(0, 3, 1, 2)
+
+    parts = (nn.Linear(3, 3), Permute(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(3, 2))
+    x = torch.randn(2, 8, 8, 3)
+    qat = qbench.prepare_qat(nn.Sequential(*parts), qconfig=qbench.get_qconfig(), example_inputs=(x,))
+    assert [found.path for found in qbench.preparation_report(qat).float_inputs] == ["0"]
+    assert qat[4].sources[0] is qat[2].output_quantizer
