@@ -57,6 +57,7 @@ CALLS = {
     aten.unfold: ("default", MAP, [3, 3, 1]),
     aten.unfold_copy: ("default", MAP, [3, 3, 1]),
     aten.index: ("Tensor", MAP, [[torch.tensor([1, 0])]]),
+    aten.embedding: ("default", LINE, [torch.tensor([[1, 0, 4]])]),
     aten.index_select: ("default", MAP, [1, torch.tensor([1, 0])]),
     aten.gather: ("default", MAP, [1, torch.zeros(2, 1, 6, 6, dtype=torch.int64)]),
     aten.take_along_dim: ("default", MAP, [torch.zeros(2, 1, 6, 6, dtype=torch.int64), 1]),

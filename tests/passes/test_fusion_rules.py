@@ -140,7 +140,7 @@ def test_codes_are_those_of_onnx_runtime(case: str, tmp_path: Path) -> None:
 # name: (model, input shapes, words of the refusal)
 REFUSED: dict[str, tuple[nn.Module, tuple[tuple[int, ...], ...], str]] = {
     "alpha": (Call(lambda a, b: torch.add(a, b, alpha=2), *BOTH), (IMAGE, IMAGE), "alpha is 2"),
-    "a scalar": (Call(lambda x: x + 1.5), (IMAGE,), r"its second operand is 1.5, not a tensor"),
+    "a quotient": (Call(lambda x: torch.div(x, 1.5, rounding_mode="floor")), (IMAGE,), "it rounds its quotient"),
     "a mean over channels": (Call(lambda x: x.mean([1])), (IMAGE,), r"a mean over dims \[1\]"),
     "windows of several sizes": (Call(lambda x: F.adaptive_avg_pool2d(x, 3)), (IMAGE,), "windows of several sizes"),
     "a fill that is not 0": (

@@ -67,7 +67,8 @@ class ViewRule(Rule[FusionContext, View]):
         source = node.args[0] if node.args else None
         if not is_dequantize(source) or node.target is aten.view.dtype:
             return None  # Not between dequantized codes and what reads them.
-        if context.constants.key(source.args[0]) is not None:  # type: ignore[union-attr, arg-type]
+        stored = context.constants.key(source.args[0]) is not None  # type: ignore[union-attr, arg-type]
+        if stored and packet(node.target) is not aten.embedding:
             return None  # A view of a stored weight is the business of the layer that reads it.
         if _first_result(node) is None:
             raise Refused("with these arguments it does not keep the grid: a fill that is not 0, dropout in training")
