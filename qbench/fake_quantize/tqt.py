@@ -9,6 +9,11 @@ The scale is a power of two whatever the target asks for. Learned is `v`, the lo
 rounded up; `log₂ t` differs from it by a whole number, which changes neither the rounding nor the gradient (⌈·⌉ passes
 straight through). A scale of this form is positive for every `v`; exponents stay in [−100, 100]. The zero point is that
 of the start. The paper recommends Adam for `v`.
+
+The threshold of a weight is learned relative to the largest weight at hand: `v = log₂(max|W_f|/qmax) + δ`, the maximum
+held constant in the gradient. Powers of two do not move along with BatchNorm's factor, so the folded weight `W_f = k·W`
+is quantized; with a threshold that stays where it started, all of it would be clipped once the running statistics have
+moved.
 """
 
 from __future__ import annotations
@@ -40,6 +45,15 @@ class TQT(LearnedFakeQuantize):
     @classmethod
     def check_spec(cls, spec: QSpec) -> None:
         """Every spec can be met."""
+
+    def qparams_of(self, x: Tensor) -> QParams:
+        """The grid for a weight: the threshold is relative to the range of `x`."""
+        if not self.observer.stateless:
+            return super().qparams_of(x)
+        found = self.observer(x)
+        self._check_shape(found)
+        self.seen_data = self.seen_data or self.training
+        return self._grid(self.scale_of(self.start_from(found) + self.change.float()), found.zero_point)
 
     def start_from(self, found: QParams) -> Tensor:
         """`v`, not rounded."""

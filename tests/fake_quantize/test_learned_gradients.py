@@ -39,10 +39,7 @@ def made(kind: type[FakeQuantize], spec: QSpec, observer: type[Observer] = Magni
     quantizer = kind(spec, observer(spec))
     quantizer.fit_to(data())
     quantizer.train()
-    if quantizer.spec.axis is None:
-        quantizer(data() * 0.4)
-    else:
-        quantizer.qparams_of(data() * 0.4)
+    quantizer(data() * 0.4)
     quantizer.observer_enabled = False
     return quantizer
 

@@ -110,6 +110,19 @@ class TestStarts:
             optimizer.step()
         assert layer.weight_quantizer.change.abs().min() > 0
 
+    @pytest.mark.parametrize("method", ["lsq", "dsq", "tqt"])
+    def test_a_learned_grid_follows_the_statistics(self, method: str) -> None:
+        # A BatchNorm that starts with variance 1 and finds 1/400: k grows by 20, and the grid with it.
+        layer, _ = make_layer(case_named("conv bias bn"), config=CONFIGS[method])
+        moved(layer, batch((4, 3, 7, 6)))
+        before = layer.eval().parameter_codes()
+        with torch.no_grad():
+            layer.bn.running_var.add_(layer.bn.eps).div_(400).sub_(layer.bn.eps)
+        after = layer.parameter_codes()
+        ratio = (after.weight_qparams.scale / before.weight_qparams.scale).log2()
+        assert float((ratio - np.log2(20)).abs().max()) <= (1.0 if method == "tqt" else 1e-3)
+        assert after.weight.abs().max() == 7 and after.weight.unique().numel() > 5
+
     @pytest.mark.parametrize("method", METHODS)
     def test_without_any_training_the_grid_is_that_of_the_weight(self, method: str) -> None:
         layer, _ = make_layer(case_named("conv"), config=CONFIGS[method])
