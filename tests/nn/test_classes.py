@@ -17,8 +17,10 @@ import qbench.nn.intrinsic.qat as nniqat
 from qbench import nn as qnn
 from qbench.errors import FusionError, PreparationError
 from qbench.mappings import QAT_CLASSES
+from qbench.nn import attention as written
 from qbench.nn import qat as nnqat
 from qbench.nn.intrinsic.fused import as_types
+from qbench.nn.qat.attention import PositionBiasModule
 from qbench.nn.qat.body import QatLayer, QatModule, QatOp
 from qbench.nn.qat.embedding import TableModule
 from qbench.nn.qat.kinds import BatchNormKind
@@ -83,6 +85,16 @@ PARTS: dict[type[nn.Module], Callable[[], nn.Module]] = {
     nn.LogSoftmax: lambda: nn.LogSoftmax(1),
     nn.Softshrink: lambda: nn.Softshrink(0.3),
     nn.Threshold: lambda: nn.Threshold(0.2, -0.1),
+    written.ScaledLinear: lambda: written.ScaledLinear(4, 6, factor=0.3),
+    written.CosineProduct: lambda: written.CosineProduct(nn.Parameter(torch.linspace(1, 2, 4).reshape(4, 1, 1))),
+    written.Normalize: written.Normalize,
+    written.MaskedSoftmax: written.MaskedSoftmax,
+    written.RelativePositionBias: lambda: written.RelativePositionBias(
+        nn.Parameter(torch.randn(9, 3)), torch.arange(16) % 9
+    ),
+    written.ContinuousPositionBias: lambda: written.ContinuousPositionBias(
+        torch.randn(9, 2), torch.arange(16) % 9, nn.Linear(2, 5), nn.Linear(5, 3, bias=False)
+    ),
     **{
         getattr(nn, name): getattr(nn, name)
         for name in (
@@ -92,7 +104,7 @@ PARTS: dict[type[nn.Module], Callable[[], nn.Module]] = {
     },
 }
 DIMS = {
-    **{nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.Linear: 0},
+    **{nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.Linear: 0, written.ScaledLinear: 0},
     **{nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3},
     **{nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3},
     **{qnn.FrozenBatchNorm1d: 1, qnn.FrozenBatchNorm2d: 2, qnn.FrozenBatchNorm3d: 3},
@@ -109,10 +121,12 @@ def float_modules(qat: type[QatModule]) -> Iterator[nn.Module]:
 
 
 def example(qat: type[QatModule]) -> tuple[Tensor, ...]:
+    if issubclass(qat, PositionBiasModule):
+        return ()  # computed from parameters alone
     if issubclass(qat, TableModule):
         return (torch.arange(24).reshape(4, 6),)
     if issubclass(qat, QatOp):
-        two = (qnn.Add, qnn.Sub, qnn.Mul, qnn.Div, qnn.MatMul, qnn.Cat)
+        two = (qnn.Add, qnn.Sub, qnn.Mul, qnn.Div, qnn.MatMul, qnn.Cat, written.CosineProduct)
         axes = next((int(end) for end in "13" if qat.__name__.endswith(f"{end}d")), 2)
         made = [batch((2, 4, *[5] * axes), seed=seed) for seed in range(2 if issubclass(qat, two) else 1)]
         return (made[0], made[1].abs() + 1) if issubclass(qat, qnn.Div) else tuple(made)

@@ -1,7 +1,9 @@
 """Deployed form of QAT modules, which `convert` exports."""
 
+from qbench.nn.qat.attention import PositionBiasModule
 from qbench.nn.qat.body import QatLayer, QatModule
 from qbench.nn.qat.embedding import Embedding, EmbeddingBag
+from qbench.nn.reference.attention import ReferencePositionBias
 from qbench.nn.reference.embedding import ReferenceEmbedding, ReferenceEmbeddingBag
 from qbench.nn.reference.modules import QuantizeDequantize, ReferenceLayer, ReferenceModule, ReferenceOp
 
@@ -12,6 +14,7 @@ __all__ = [
     "ReferenceLayer",
     "ReferenceModule",
     "ReferenceOp",
+    "ReferencePositionBias",
     "reference_of",
 ]
 
@@ -22,4 +25,6 @@ def reference_of(qat: QatModule) -> ReferenceModule:
         return ReferenceEmbedding(qat)
     if isinstance(qat, EmbeddingBag):
         return ReferenceEmbeddingBag(qat)
+    if isinstance(qat, PositionBiasModule):
+        return ReferencePositionBias(qat)
     return ReferenceLayer(qat) if isinstance(qat, QatLayer) else ReferenceOp(qat)  # type: ignore[arg-type]
