@@ -1,0 +1,10 @@
+"""Post-training quantization, on the way to training: what can be found from some batches without labels."""
+
+from __future__ import annotations
+
+from qbench.ptq.calibration import CalibrationReport, calibrate
+
+__all__ = [
+    "CalibrationReport",
+    "calibrate",
+]
