@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from qbench.ptq.calibration import CalibrationReport, calibrate
+from qbench.ptq.equalization import EqualizationReport, equalize
 
 __all__ = [
     "CalibrationReport",
+    "EqualizationReport",
     "calibrate",
+    "equalize",
 ]
