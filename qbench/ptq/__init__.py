@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from qbench.ptq.bias_correction import BiasCorrectionReport, correct_biases
 from qbench.ptq.calibration import CalibrationReport, calibrate
 from qbench.ptq.equalization import EqualizationReport, equalize
 
 __all__ = [
+    "BiasCorrectionReport",
     "CalibrationReport",
     "EqualizationReport",
     "calibrate",
+    "correct_biases",
     "equalize",
 ]

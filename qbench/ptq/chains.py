@@ -44,7 +44,7 @@ _CLAMPS = frozenset({"hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_max", "c
 
 @dataclasses.dataclass(frozen=True)
 class SkippedLayer:
-    """A layer whose output channels are left as they are: path and reason."""
+    """A layer that is left as it is: path and reason."""
 
     path: str
     reason: str
