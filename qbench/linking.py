@@ -385,7 +385,9 @@ def _merge(
         if len(quantizers) < 2 or not isinstance(root, FakeQuantize):
             continue
         owners = [(name, m) for name, m in modules.items() if any(m.output_quantizer is q for q in quantizers)]
-        specs = {str(q.spec): name for name, m in owners for q in [m.output_quantizer] if q is not None}
+        specs = {
+            f"{type(q).__name__} of {q.spec}": name for name, m in owners for q in [m.output_quantizer] if q is not None
+        }
         if len(specs) > 1:
             listed = "; ".join(f"{name} has {spec}" for spec, name in specs.items())
             raise LinkError(

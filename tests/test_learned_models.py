@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Branchy, SmallNet, TwoHeads, assert_exact, evaluate, images, leaves, train
+from models import Branchy, Calls, SmallNet, TwoHeads, assert_exact, evaluate, images, leaves, train
 from torch import Tensor, nn
 
 import qbench
@@ -272,3 +272,17 @@ def test_ddp(method: str, tmp_path: Path) -> None:
         assert same(plain, inner)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_quantizers_of_two_kinds_do_not_become_one() -> None:
+    """A concatenation needs one grid; LSQ and PACT learn different things of it."""
+    model = Calls(
+        lambda m, x: m.cat(m.left(x), m.right(x)),
+        left=nn.Conv2d(3, 4, 1),
+        right=nn.Conv2d(3, 4, 1),
+        cat=qbench.nn.Cat(1),
+    )
+    for branch, method in ((model.left, "lsq"), (model.right, "pact"), (model.cat, "lsq")):
+        branch.qconfig = qbench.get_qconfig("xnnpack", activation_method=method)
+    with pytest.raises(LinkError, match=r"they differ.* has LSQ of .* has PACT of "):
+        qbench.prepare_qat(model, example_inputs=(images(),))

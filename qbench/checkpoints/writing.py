@@ -18,15 +18,8 @@ from qbench.numerics.qparams import QParams
 def set_grid(quantizer: FakeQuantize, qparams: QParams, source: SourceQuantizer | None) -> None:
     """Give an activation quantizer a grid, and the range and switches of the source's quantizer if there is one."""
     device = quantizer.scale.device
-    qparams = dataclasses.replace(
-        qparams, scale=qparams.scale.to(device), zero_point=qparams.zero_point.to(device)
-    )
-    if isinstance(quantizer, LearnedFakeQuantize):
-        _set_learned(quantizer, qparams)
-    else:
-        quantizer.scale.copy_(qparams.scale)
-        quantizer.zero_point.copy_(qparams.zero_point)
-    quantizer.seen_data = True
+    qparams = dataclasses.replace(qparams, scale=qparams.scale.to(device), zero_point=qparams.zero_point.to(device))
+    _start_at(quantizer, qparams)
     for name in ("min_val", "max_val"):
         value = None if source is None else source.find(name)
         if value is None:  # a grid without a range: the one that it covers
@@ -40,12 +33,11 @@ def set_grid(quantizer: FakeQuantize, qparams: QParams, source: SourceQuantizer 
             setattr(quantizer, name, bool(flag.any()))
 
 
-def _set_learned(quantizer: LearnedFakeQuantize, qparams: QParams) -> None:
-    """Start what is learned at a grid; the observer, which would find another start, has done its part."""
-    for parameter in quantizer.parameters(recurse=False):
-        parameter.zero_()
-    quantizer._set_start(qparams, torch.zeros_like(qparams.scale, dtype=torch.bool))
-    quantizer.seen_data = quantizer.learning = True
+def _start_at(quantizer: FakeQuantize, qparams: QParams) -> None:
+    """Set a grid; the observer of a learned quantizer, which would find another start, has then done its part."""
+    quantizer.set_grid(qparams)
+    if isinstance(quantizer, LearnedFakeQuantize):
+        quantizer.learning = True
 
 
 def set_weight_scale(layer: QatLayer, scale: Tensor) -> None:
@@ -58,4 +50,4 @@ def set_weight_scale(layer: QatLayer, scale: Tensor) -> None:
         scale = torch.where(factor > 0, scale / factor, scale)
     spec = quantizer.spec
     zero_point = torch.zeros_like(scale, dtype=torch.int32)
-    _set_learned(quantizer, QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis))
+    _start_at(quantizer, QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis))
