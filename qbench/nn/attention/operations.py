@@ -104,4 +104,4 @@ class MaskedSoftmax(Operation):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(…, rows, columns), what is added to it or None -> probabilities of the same shape."""
-        return torch.softmax(x if mask is None else x + mask.to(x.dtype), -1)
+        return torch.softmax(x if mask is None else x + mask, -1)

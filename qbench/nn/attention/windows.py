@@ -82,8 +82,8 @@ class ExplicitShiftedWindowAttention(ExplicitAttention):
             place = torch.arange(whole, device=x.device)
             parts.append((place >= whole - window).int() + (place >= whole - by).int())
         part = self._windows((3 * parts[0].unsqueeze(1) + parts[1]).unsqueeze(0))  # (1, windows, positions)
-        apart = part.unsqueeze(-1) != part.unsqueeze(-2)
-        return torch.where(apart, FAR_APART, 0.0).to(x.dtype).transpose(0, 1)
+        apart = (part.unsqueeze(-1) != part.unsqueeze(-2)).transpose(0, 1)
+        return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, FAR_APART)
 
     def extra_repr(self) -> str:
         """Windows and shift."""
