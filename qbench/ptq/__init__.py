@@ -5,12 +5,15 @@ from __future__ import annotations
 from qbench.ptq.bias_correction import BiasCorrectionReport, correct_biases
 from qbench.ptq.calibration import CalibrationReport, calibrate
 from qbench.ptq.equalization import EqualizationReport, equalize
+from qbench.ptq.reconstruction import ReconstructionReport, reconstruct
 
 __all__ = [
     "BiasCorrectionReport",
     "CalibrationReport",
     "EqualizationReport",
+    "ReconstructionReport",
     "calibrate",
     "correct_biases",
     "equalize",
+    "reconstruct",
 ]
