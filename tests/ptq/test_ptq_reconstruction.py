@@ -27,7 +27,7 @@ from tests.models import SmallNet, assert_exact, conv_bn, images, randomise_stat
 # Neighbouring pixels alike, as in photographs: where inputs are white noise, rounding to nearest is all but the best.
 BATCHES = [F.interpolate(images(size=4, seed=seed), 12, mode="bilinear") + 0.5 for seed in (1, 2, 3)]
 POWER_OF_TWO = QSpec(bits=4, symmetric=True, axis=0, power_of_two=True)
-STEPS = {"steps": 60, "rate": 0.05}
+STEPS = {"steps": 50, "rate": 0.05}
 
 
 def calibrated(model: nn.Module, qconfig: QConfig | None = None, **options: object) -> nn.Module:
@@ -111,7 +111,7 @@ def test_a_block_of_several_layers() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Sequential(*conv_bn(3, 6), nn.ReLU(), *conv_bn(6, 6)), nn.ReLU(), nn.Conv2d(6, 4, 1))
     qat = calibrated(model)
-    report = qbench.ptq.reconstruct(qat, BATCHES, blocks=["0"], steps=250, rate=0.02)
+    report = qbench.ptq.reconstruct(qat, BATCHES, blocks=["0"], steps=150, rate=0.02)
     (block,) = report.blocks
     assert block.layers == ("0.0", "0.3")
     assert block.after < block.before
