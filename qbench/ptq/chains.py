@@ -233,7 +233,7 @@ class _Chains:
             reader = readers[0]
             data = reader.args[1] if reader.name == "addmm" else reader.args[0]
             if data is not call.out:
-                raise Refused(f"{reader.name} reads it as an operand that is not the first")
+                raise Refused(f"{reader.name} reads it beside other values")
             call = reader
             yield call
 
