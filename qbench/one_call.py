@@ -123,7 +123,8 @@ class _Places:
         if isinstance(rule.match, str):
             paths = [path for path in self.kinds if path]
             near = difflib.get_close_matches(rule.match.strip("*."), paths, n=3, cutoff=0.3)
-            hint = f"; the nearest names are {', '.join(near)}" if near else f"; names start with {', '.join(paths[:3])}"
+            hint = f"the nearest names are {', '.join(near)}" if near else f"names start with {', '.join(paths[:3])}"
+            hint = f"; {hint}"
         else:
             known = sorted({kind.__name__ for kinds in self.kinds.values() for kind in kinds})
             hint = f"; the model has {', '.join(known)}"
