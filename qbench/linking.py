@@ -36,12 +36,14 @@ aten = torch.ops.aten
 class FloatSource:
     """A tensor on no grid: what made it, and the paths of the QAT modules that its values come from.
 
-    One that is stored in the model, a parameter or a buffer, is an operand with a grid of its own.
+    One that is stored in the model, a parameter or a buffer, is an operand with a grid of its own. What follows layers
+    that quantize their weight only is float by design, and no gap.
     """
 
     reason: str
     reads: tuple[str, ...] = ()
     is_stored: bool = False
+    by_design: bool = False
 
 
 Producer = FakeQuantize | FloatSource
@@ -107,8 +109,9 @@ class LinkResult:
 class _Recorder(TorchDispatchMode):
     """Follows producers through dispatched operators."""
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, links: Links, quantizes: bool) -> None:
         super().__init__()
+        self.quantizes = quantizes  # whether any activation has a grid
         self.tags: Any = WeakTensorKeyDictionary()
         self.links = links
         self.depth = 0  # of QAT modules that are running: what they compute is theirs
@@ -176,10 +179,13 @@ class _Recorder(TorchDispatchMode):
             self._note_float_operation(func, producers, real)
         if not producers:
             return None
-        return FloatSource(f"{func._overloadpacket} leaves the grid", _reads(producers))
+        by_design = all(isinstance(producer, FloatSource) and producer.by_design for producer in producers)
+        return FloatSource(f"{func._overloadpacket} leaves the grid", _reads(producers), by_design=by_design)
 
     def _note_float_operation(self, func: Any, producers: list[Producer], real: bool) -> None:
-        if producers or real:
+        if any(isinstance(producer, FakeQuantize) or not producer.by_design for producer in producers) or (
+            real and not producers and self.quantizes
+        ):
             self.links.float_operations[str(func._overloadpacket), _reads(producers)] = None
 
 
@@ -208,7 +214,7 @@ _WITHOUT_VALUES = frozenset(
 def _record(
     model: nn.Module, modules: Any, links: Links, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    recorder = _Recorder(links)
+    recorder = _Recorder(links, any(map(_has_links, modules)))
     tensors = (*model.named_parameters(), *model.named_buffers())
     stored = {id(tensor): name for name, tensor in tensors}
 
@@ -225,7 +231,8 @@ def _record(
     def leave(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         recorder.depth -= 1
         if not _has_links(module):
-            recorder.tag(output, FloatSource(f"the {type(module).__name__} before it quantizes its weight only"))
+            reason = f"the {type(module).__name__} before it quantizes its weight only"
+            recorder.tag(output, FloatSource(reason, by_design=True))
 
     def after(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         recorder.tag(output, module)

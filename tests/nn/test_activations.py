@@ -70,7 +70,7 @@ def test_nothing_is_written_to_the_input(kind: type[nn.Module], made: str) -> No
 
 
 class SharedInput(nn.Module):
-    """A convolution whose output an in-place activation and a product read, as SiLU written out does."""
+    """A convolution whose output a product and, behind a function in float, an in-place activation read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class SharedInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))
-        return self.head(y * self.gate(y + 0.0))
+        return self.head(y * self.gate(torch.sin(y)))
 
 
 class Functional(nn.Module):
@@ -110,11 +110,11 @@ def test_functional_operations_are_quantized_and_exact() -> None:
     assert_exact(qat, qbench.convert(qat, (images(),)), images(seed=3))
 
 
-def test_an_activation_on_a_scaled_sum_reads_a_float_input_at_its_own_quantizer() -> None:
+def test_an_activation_on_what_is_computed_in_float_reads_a_float_input_at_its_own_quantizer() -> None:
     qat = prepared(SharedInput(), images(16))
     report = qbench.preparation_report(qat)
     assert [(found.path, found.reason) for found in report.float_inputs if found.path == "gate"] == [
-        ("gate", "aten.add leaves the grid")
+        ("gate", "aten.sin leaves the grid")
     ]
     assert_exact(qat, qbench.convert(qat, (images(),)), images(seed=3))
 
