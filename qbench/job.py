@@ -229,6 +229,16 @@ def _widths(job: Job) -> dict[str, Any]:
     return {name: getattr(job, name) for name in ("weight_bits", "activation_bits", "bias_bits", "bias_scale")}
 
 
+def _chosen_widths(job: Job) -> dict[str, int]:
+    """Bits of weight, activation and bias codes, the target's own where the job leaves them to it."""
+    qconfig = get_qconfig(job.target, **_widths(job))
+    return {
+        "weight": qconfig.weight_spec.bits,
+        "activation": qconfig.make_activation().spec.bits,
+        "bias": qconfig.make_bias().spec.bits,
+    }
+
+
 def _check_activations(job: Job) -> None:
     if get_qconfig(job.target, **_widths(job)).weight_only:
         raise ConfigError(
@@ -374,6 +384,7 @@ def _settings(job: Job, images: ImageData, fitted: FitResult) -> dict[str, Any]:
     return {
         **asdict(job),
         "out": str(job.out),
+        "widths": _chosen_widths(job),
         "image_size": images.image_size,
         "threads": torch.get_num_threads(),
         "classes": len(images.classes),

@@ -246,6 +246,7 @@ def test_a_whole_run_prints_its_table_and_nothing_else(
     out, done = finished
     assert (done.returncode, done.stderr) == (0, ""), done.stderr  # quiet: stderr is no terminal
     assert done.stdout.strip() == run_table(summary_of(out), str(out))
+    assert "(bits: weight 8, activation 8, bias 32)" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.replace(str(out), "runs/tiny").splitlines())) <= 80
 
 

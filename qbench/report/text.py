@@ -210,8 +210,8 @@ def points(share: float) -> str:
 
 
 def _headline(summary: RunSummary) -> list[str]:
-    bits = [f"{role} {summary.settings[f'{role}_bits']}" for role in _ROLES if f"{role}_bits" in summary.settings]
-    widths = f" (bits: {', '.join(bits)})" if bits else ""
+    bits = summary.settings.get("widths", {})
+    widths = f" (bits: {', '.join(f'{role} {bits[role]}' for role in _ROLES)})" if bits else ""
     return textwrap.wrap(f"{summary.model} on {summary.data} for {summary.target}{widths}", WIDTH)
 
 

@@ -93,7 +93,7 @@ SUMMARY = RunSummary(
     held_out=450,
     notes=("fc stays in float because nobody gave it a quantizer, and this note is long enough to be wrapped",),
     files={"model.onnx": 11_400_000, "model.pt2": 11_900_000, "model.pte": 11_300_000, "qat.pt": 45_000_000},
-    settings={"weight_bits": 8, "activation_bits": 8, "bias_bits": 32},
+    settings={"widths": {"weight": 8, "activation": 8, "bias": 32}},
 )
 
 
