@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qbench.errors import LinkError
 from qbench.fake_quantize import FakeQuantize
+from qbench.fake_quantize.switches import switched_off
 from qbench.graph.scale_preserving import is_scale_joining, is_scale_preserving
 from qbench.nn.qat.body import QatModule
 from qbench.qconfig import QuantizerConfig
@@ -257,8 +258,8 @@ def _has_links(module: QatModule) -> bool:
 def _quiet(model: nn.Module, modules: Any) -> Iterator[None]:
     """Eval, no gradients, quantizers passing values through, no compiled code, the random state as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    quantizers = [(q, q.fake_quant_enabled) for q in model.modules() if isinstance(q, FakeQuantize)]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(switched_off(q for q in model.modules() if isinstance(q, FakeQuantize)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -267,14 +268,10 @@ def _quiet(model: nn.Module, modules: Any) -> Iterator[None]:
         try:
             for module, _ in modes:
                 module.training = False
-            for quantizer, _ in quantizers:
-                quantizer.fake_quant_enabled = False
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            for quantizer, enabled in quantizers:
-                quantizer.fake_quant_enabled = enabled
 
 
 @contextlib.contextmanager

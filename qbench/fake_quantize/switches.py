@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 from torch import nn
 
 from qbench.fake_quantize.base import FakeQuantize
@@ -29,3 +32,16 @@ def enable_fake_quant(module: nn.Module) -> None:
     """Put values on the grid again."""
     if isinstance(module, FakeQuantize):
         module.fake_quant_enabled = True
+
+
+@contextlib.contextmanager
+def switched_off(quantizers: Iterable[FakeQuantize]) -> Iterator[None]:
+    """Fake-quant of these quantizers is off inside the block; the switches are put back."""
+    before = [(quantizer, quantizer.fake_quant_enabled) for quantizer in quantizers]
+    try:
+        for quantizer, _ in before:
+            quantizer.fake_quant_enabled = False
+        yield
+    finally:
+        for quantizer, enabled in before:
+            quantizer.fake_quant_enabled = enabled

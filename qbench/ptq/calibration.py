@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qbench.errors import ConfigError, NumericsError, PreparationError
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.learned import LearnedFakeQuantize
+from qbench.fake_quantize.switches import switched_off
 from qbench.preparation import preparation_report, quantized_modules
 from qbench.report.text import bullets
 from qbench.verification.trained import evaluating
@@ -150,19 +151,6 @@ def in_float(model: nn.Module) -> Iterator[None]:
     """The model computes in float inside the block: every fake-quant is off; the switches are put back."""
     with switched_off(m for m in model.modules() if isinstance(m, FakeQuantize)):
         yield
-
-
-@contextlib.contextmanager
-def switched_off(quantizers: Iterable[FakeQuantize]) -> Iterator[None]:
-    """Fake-quant of these quantizers is off inside the block; the switches are put back."""
-    before = [(quantizer, quantizer.fake_quant_enabled) for quantizer in quantizers]
-    try:
-        for quantizer, _ in before:
-            quantizer.fake_quant_enabled = False
-        yield
-    finally:
-        for quantizer, enabled in before:
-            quantizer.fake_quant_enabled = enabled
 
 
 def _saw(quantizer: FakeQuantize, called: set[FakeQuantize], weights: set[FakeQuantize]) -> bool:
