@@ -42,7 +42,7 @@ from qbench.export.files import write_text
 from qbench.export.onnx import open_session
 from qbench.fake_quantize import BiasQuantizer
 from qbench.job import versions
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.preparation import quantized_modules
 from qbench.training import Score, Settings
 

@@ -24,7 +24,9 @@ from qbench.graph.cleanup import remove_redundant_qdq
 from qbench.graph.constants import constants_of
 from qbench.graph.qdq import quantized_decomposed
 from qbench.graph.recognise import is_dequantize, is_quantize
-from qbench.nn.qat.body import ParameterCodes, QatLayer, QatModule, QatOp
+from qbench.nn.qat.body import QatModule, QatOp
+from qbench.nn.qat.codes import ParameterCodes
+from qbench.nn.qat.layer import QatLayer
 from qbench.nn.reference import reference_of
 from qbench.numerics.bias import accumulator_bound, fits_accumulator
 from qbench.numerics.shifts import bias_shift, requantization_shift

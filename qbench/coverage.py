@@ -12,8 +12,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from qbench.nn.qat.body import QatLayer, QatModule, is_batch_norm
+from qbench.nn.frozen import is_batch_norm
+from qbench.nn.qat.body import QatModule
 from qbench.nn.qat.kinds import BatchNormKind
+from qbench.nn.qat.layer import QatLayer
 from qbench.preparation import preparation_report
 from qbench.report.coverage import Coverage
 

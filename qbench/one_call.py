@@ -21,7 +21,8 @@ from qbench import targets
 from qbench.errors import ConfigError, QBenchWarning
 from qbench.fusion import fuse
 from qbench.nn.intrinsic import Fused
-from qbench.nn.qat.body import QatLayer, QatModule
+from qbench.nn.qat.body import QatModule
+from qbench.nn.qat.layer import QatLayer
 from qbench.overrides import Override, exactly, overridden
 from qbench.preparation import Examples, preparation_report, prepare_qat, quantized_modules, report_overrides
 from qbench.qconfig import QConfig, get_qconfig

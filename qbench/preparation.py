@@ -16,7 +16,8 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.fusion import NOTES
 from qbench.nn.frozen import known_types
 from qbench.nn.intrinsic import Fused
-from qbench.nn.qat.body import QatModule, check_finite
+from qbench.nn.qat.body import QatModule
+from qbench.nn.qat.codes import check_finite
 from qbench.numerics.qparams import in_groups
 from qbench.qconfig import QConfig
 from qbench.report.preparation import AppliedOverride, LeftInFloat, PreparationReport, QuantizedModule

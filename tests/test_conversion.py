@@ -41,8 +41,8 @@ from torch.nn import functional as F
 import qbench
 from qbench import targets
 from qbench.errors import ConfigError, ConversionError, LinkError, NumericsError
-from qbench.nn.qat.body import QatLayer
 from qbench.nn.qat.kinds import BatchNormKind
+from qbench.nn.qat.layer import QatLayer
 
 # Models that are not fused leave their BatchNorm in float, and preparation says so.
 pytestmark = pytest.mark.filterwarnings("ignore:prepare_qat leaves:qbench.errors.QBenchWarning")

@@ -37,7 +37,8 @@ import qbench.nn.intrinsic as nni
 import qbench.nn.intrinsic.qat as nniqat
 from qbench import mappings
 from qbench._torchvision import classification_model
-from qbench.nn.qat.body import QatLayer, QatModule
+from qbench.nn.qat.body import QatModule
+from qbench.nn.qat.layer import QatLayer
 
 # A gamma of next to nothing makes the floor of the weight scale large beside it, and convert says so.
 pytestmark = [

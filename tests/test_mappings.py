@@ -19,8 +19,9 @@ import qbench.nn.qat as nnqat
 from qbench import mappings
 from qbench.errors import ConfigError, FusionError
 from qbench.nn.intrinsic.fused import as_types
-from qbench.nn.qat.body import QatLayer, QatModule
+from qbench.nn.qat.body import QatModule
 from qbench.nn.qat.kinds import BatchNormKind
+from qbench.nn.qat.layer import QatLayer
 
 # Models that are not fused leave their BatchNorm in float, and preparation says so.
 pytestmark = pytest.mark.filterwarnings("ignore:prepare_qat leaves:qbench.errors.QBenchWarning")

@@ -18,7 +18,7 @@ import qbench
 from qbench import verification
 from qbench.errors import ExportError, MissingDependencyError, VerificationError
 from qbench.export.runtimes import RUNTIMES
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.passes.fusion_report import FloatOperator
 from qbench.verification import flow, forms
 

@@ -18,7 +18,7 @@ import qbench
 from qbench.errors import ConfigError, NumericsError
 from qbench.fake_quantize import FakeQuantize
 from qbench.nn import intrinsic as nni
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.qparams import QSpec
 
 IN, HIDDEN, OUT = 32, 48, 10

@@ -24,7 +24,8 @@ from qbench.checkpoints.source import NUMBERED, Source, SourceQuantizer, present
 from qbench.checkpoints.writing import set_grid, set_weight_scale
 from qbench.errors import ConfigError, PreparationError
 from qbench.fake_quantize import FakeQuantize
-from qbench.nn.qat.body import QatLayer, QatModule
+from qbench.nn.qat.body import QatModule
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.qparams import QParams
 from qbench.preparation import preparation_report
 

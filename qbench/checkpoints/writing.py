@@ -10,7 +10,7 @@ from torch import Tensor
 from qbench.checkpoints.source import SourceQuantizer
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.learned import LearnedFakeQuantize
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.fold import fold_factor
 from qbench.numerics.qparams import QParams
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -79,3 +80,8 @@ def known_types(module: nn.Module) -> tuple[type[nn.Module], ...]:
         return (kind,)
     alike = all(isinstance(getattr(module, name, None), Tensor) for name in _TENSORS) and hasattr(module, "eps")
     return (kind, FrozenBatchNorm2d) if alike else (kind,)
+
+
+def is_batch_norm(kind: type[nn.Module]) -> bool:
+    """Whether a type is a BatchNorm that folds: PyTorch's, or one with fixed statistics and the same names."""
+    return issubclass(kind, (_BatchNorm, FrozenBatchNorm)) or kind.__name__.startswith("FrozenBatchNorm")

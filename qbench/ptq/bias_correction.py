@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qbench.errors import ConfigError, NumericsError
 from qbench.fake_quantize import FakeQuantize
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.fold import BatchNormTensors, fold_factor
 from qbench.preparation import quantized_modules
 from qbench.ptq.calibration import Batches, as_tuples, check_calibrated, in_float

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from qbench.errors import ConfigError
 from qbench.fake_quantize import FakeQuantize
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.preparation import quantized_modules
 from qbench.ptq.calibration import Batches, as_tuples, check_calibrated, in_float
 from qbench.ptq.chains import SkippedLayer

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.fake_quantize import FakeQuantize
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.qparams import QParams, in_groups
 from qbench.observers import LatestMinMaxObserver
 

@@ -19,7 +19,7 @@ from qbench.export.processes import FileRunner
 from qbench.export.program import load_program
 from qbench.export.runtimes import get_runtime
 from qbench.export.taps import Tap
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.qparams import QParams
 from qbench.preparation import quantized_modules
 from qbench.report.data import CodeSpread, Comparison, LayerComparison, Verification

@@ -11,7 +11,8 @@ from qbench.graph.constants import Constants, constants_of
 from qbench.graph.edit import module_path
 from qbench.graph.layers import Layer, read_layer, weight_scales
 from qbench.graph.recognise import find_grid, is_dequantize
-from qbench.nn.qat.body import ParameterCodes, QatLayer
+from qbench.nn.qat.codes import ParameterCodes
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.bias import bias_codes, bias_scale, dequantize_bias
 from qbench.numerics.qparams import QParams
 from qbench.report.data import Comparison

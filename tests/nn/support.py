@@ -22,7 +22,7 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.nn import intrinsic as nni
 from qbench.nn import qat as nnqat
 from qbench.nn.intrinsic import qat as nniqat
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

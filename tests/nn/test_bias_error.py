@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qbench
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 
 from .support import (
     BN_CASES,

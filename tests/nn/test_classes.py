@@ -21,9 +21,10 @@ from qbench.nn import attention as written
 from qbench.nn import qat as nnqat
 from qbench.nn.intrinsic.fused import as_types
 from qbench.nn.qat.attention import PositionBiasModule
-from qbench.nn.qat.body import QatLayer, QatModule, QatOp
+from qbench.nn.qat.body import QatModule, QatOp
 from qbench.nn.qat.embedding import TableModule
 from qbench.nn.qat.kinds import BatchNormKind
+from qbench.nn.qat.layer import QatLayer
 
 from .support import batch, in_eval, on_grid, same_bits, trained, with_input
 

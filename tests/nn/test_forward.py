@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qbench
 from qbench.errors import LinkError, QBenchWarning
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 
 from .support import (
     BN_CASES,

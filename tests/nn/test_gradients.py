@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qbench
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 
 from .support import (
     BN_CASES,

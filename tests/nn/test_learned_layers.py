@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import qbench
 from qbench.fake_quantize import DSQ, LSQ, TQT, FakeQuantize
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.observers import LatestMinMaxObserver, LatestMSEObserver
 
 from .support import batch, call, case_named, in_eval, make_layer, on_grid, spread_channels

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qbench
 from qbench.fake_quantize import FakeQuantize
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 
 from .support import CASES, Case, batch, case_named, float_output, in_eval, make_layer, same_bits
 

@@ -15,8 +15,8 @@ import qbench
 import qbench.nn.intrinsic as nni
 import qbench.nn.intrinsic.qat as nniqat
 from qbench.errors import FusionError
-from qbench.nn.qat.body import QatLayer
 from qbench.nn.qat.kinds import Conv2dKind, ConvTransposeKind
+from qbench.nn.qat.layer import QatLayer
 from qbench.nn.reference import ReferenceLayer
 
 from .support import batch, call, expect, float_output, in_eval, normalized, on_grid, same_bits, trained, with_input

@@ -14,7 +14,7 @@ import qbench
 from qbench.errors import NumericsError
 from qbench.nn import intrinsic as nni
 from qbench.nn.intrinsic import qat as nniqat
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.nn.reference import ReferenceLayer
 
 from .support import (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qbench
 from qbench.errors import ConfigError, NumericsError, PreparationError
 from qbench.nn.frozen import FrozenBatchNorm2d
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from tests.models import SmallNet, assert_exact, conv_bn, images, randomise_statistics
 
 BATCHES = [images(seed=1, batch=8), images(seed=2, batch=8)]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import qbench
 from qbench.errors import ConfigError
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.qparams import QSpec
 from qbench.ptq.rounding import (
     LearnedRounding,

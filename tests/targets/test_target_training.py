@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import qbench
 from qbench.errors import QBenchWarning
 from qbench.fake_quantize import FakeQuantize
-from qbench.nn.qat.body import QatLayer
+from qbench.nn.qat.layer import QatLayer
 from qbench.preparation import quantized_modules
 from qbench.report.data import Comparison
 from qbench.verification.parameters import compare_parameters

@@ -37,8 +37,10 @@ from qbench.nn.qat.attention import (
     RelativePositionBias,
     ScaledLinear,
 )
-from qbench.nn.qat.body import ParameterCodes, QatLayer, QatModule, QatOp, freeze_bn_stats, update_bn_stats
+from qbench.nn.qat.body import QatModule, QatOp
+from qbench.nn.qat.codes import ParameterCodes
 from qbench.nn.qat.embedding import Embedding, EmbeddingBag
+from qbench.nn.qat.layer import QatLayer, freeze_bn_stats, update_bn_stats
 from qbench.nn.qat.layers import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,

@@ -1,67 +1,32 @@
-"""The one body of every QAT module: what differs between them is class data.
+"""The base of every QAT module: what differs between modules is class data.
 
-A QAT module owns the quantizer of its output and, if it has parameters, those of its weight and bias. It knows the
-quantizer of each of its inputs, so that a layer knows `s_in`: a *link*, kept as a strong reference that is not a
-submodule (it survives deepcopy, pickle and `.to()`). An input that no quantizer produced gets one here, in
+A QAT module owns the quantizer of its output and, if it has parameters, those of its weight and bias (`layer.py`). It
+knows the quantizer of each of its inputs, so that a layer knows `s_in`: a *link*, kept as a strong reference that is
+not a submodule (it survives deepcopy, pickle and `.to()`). An input that no quantizer produced gets one here, in
 `input_quantizers`.
 
-    eval, frozen BN   y = F.conv*(x̂, Ŵ, b̂)
-    train             y = BN_batch(F.conv*(x̂, Ŵ/k) + b) + e,     e = b̂ − b_f
-    weight-only       y = F.conv*(x, Ŵ, b_f)                      in training BN_batch(F.conv*(x, Ŵ/k) + b)
-
-in one call where BN is folded: a separate add gives other bits. See docs/equations.md.
+    y = FQ(op(x̂₀, x̂₁, …) ; s_y)
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from qbench.errors import FusionError, LinkError, NumericsError, PreparationError
-from qbench.fake_quantize import BiasQuantizer, FakeQuantize
+from qbench.errors import FusionError, LinkError, PreparationError
+from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import producer_of
-from qbench.nn.frozen import FrozenBatchNorm, known_types
-from qbench.nn.intrinsic.fused import Fused, as_types
+from qbench.nn.frozen import known_types
 from qbench.nn.ops import spread
 from qbench.numerics.epilogue import epilogue
-from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
-from qbench.numerics.qparams import QParams, in_groups
-from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
+from qbench.numerics.qparams import QParams
 from qbench.qconfig import QConfig
 
 Self = TypeVar("Self", bound="QatModule")
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterCodes:
-    """What a layer deploys, as integers.
-
-    Attributes:
-        weight: Codes, shape of the weight, in the smallest integer dtype.
-        weight_qparams: Their grid.
-        bias: int64 codes, (out,); None where the bias stays float.
-        bias_scale: float32, (out,) or (); None where the bias stays float.
-        bias_value: `b̂`, float32, (out,); in float `b_f`, or None where the layer has none.
-        bias_saturated: Bool (out,): codes that did not fit; None where the bias stays float.
-        coarsened: Factor by which the bias floor raised the weight scale.
-        silenced: Bool (out,): channels whose weight codes the floor sent to 0.
-    """
-
-    weight: Tensor
-    weight_qparams: QParams
-    bias: Tensor | None
-    bias_scale: Tensor | None
-    bias_value: Tensor | None
-    bias_saturated: Tensor | None
-    coarsened: Tensor
-    silenced: Tensor
 
 
 class QatModule(nn.Module):
@@ -257,299 +222,6 @@ def replaced(inputs: Iterable[Any], tensors: Sequence[Tensor], others: Sequence[
     return [queue.pop(0)[1] if queue and value is queue[0][0] else value for value in spread(inputs)]
 
 
-class QatLayer(QatModule):
-    """QAT form of a layer with a weight, and of the wrappers around it.
-
-    Attributes:
-        bn_type: BatchNorm of the chain, or None.
-        activation: Activation of the chain, or None.
-        bn: The BatchNorm, or None.
-        bn_frozen: Whether training normalises with the running statistics.
-        channel_axis: Axis of the output that holds its channels, from the end.
-    """
-
-    linear_type: ClassVar[type[nn.Module]]
-    activation: ClassVar[type[nn.Module] | None] = None
-    channel_axis: ClassVar[int]
-
-    weight: Tensor
-    bias: Tensor | None
-    bn: nn.Module | None
-    activation_module: nn.Module | None
-    weight_quantizer: FakeQuantize
-    bias_quantizer: BiasQuantizer | None
-    pre_activation_quantizer: FakeQuantize | None
-
-    def __init__(self, *args: Any, qconfig: QConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        bn_type = self.bn_type()
-        out_channels = self.layout().out_channels(self.linear_weight)
-        self._complete(
-            bn_type(out_channels) if bn_type else None, self.activation() if self.activation else None, qconfig
-        )
-
-    @classmethod
-    def accepts(cls, module: nn.Module, qconfig: QConfig) -> str:
-        """See `QatModule.accepts`: a layer has a weight, whatever the qconfig, but not every target computes it."""
-        if qconfig.deployment.computes(cls.linear_type):
-            return ""
-        return f"target {qconfig.target} computes no {cls.linear_type.__name__} on codes"
-
-    @classmethod
-    def bn_type(cls) -> type[nn.Module] | None:
-        """The BatchNorm of the chain."""
-        parts = getattr(cls.float_type, "part_types", (cls.float_type,))
-        types = (kind for part in parts for kind in as_types(part))
-        return next((kind for kind in types if is_batch_norm(kind)), None)
-
-    def _adopt(self, module: nn.Module, qconfig: QConfig) -> None:
-        parts = tuple(module) if isinstance(module, Fused) else (module,)
-        if isinstance(module, Fused):
-            module.check_parts(parts)
-        if not isinstance(parts[0], self.linear_type):
-            raise FusionError(
-                f"{type(self).__name__}: its float type {self.float_type.__name__} starts with "
-                f"{type(parts[0]).__name__}, but it computes a {self.linear_type.__name__}"
-            )
-        adopt_state(self, parts[0])
-        rest = list(parts[1:])
-        bn = rest.pop(0) if rest and is_batch_norm(type(rest[0])) else None
-        if len(rest) > 1:
-            raise FusionError(
-                f"{type(self).__name__}: {self.float_type.__name__} ends in "
-                f"{', '.join(type(part).__name__ for part in rest)}; a chain is a layer, then at most a BatchNorm, "
-                "then at most an activation"
-            )
-        self._complete(bn, rest[0] if rest else None, qconfig)
-
-    def _complete(self, bn: nn.Module | None, activation: nn.Module | None, qconfig: QConfig) -> None:
-        self._add_quantizers(qconfig)
-        self.bn = bn
-        self.activation_module = activation
-        self.bn_frozen = False
-        self.weight_quantizer = qconfig.make_weight(axis=self.layout().axis, weight=self.linear_weight)
-        if self.weight_quantizer.spec.group_size is not None:
-            in_groups(self.linear_weight, self.weight_quantizer.spec.group_size)  # raises where they do not fit
-        self.bias_quantizer = None if qconfig.weight_only else qconfig.make_bias()
-        whole = qconfig.weight_only or qconfig.deployment.fuses(activation)
-        self.pre_activation_quantizer = None if whole else qconfig.make_activation()
-        self.to(self.linear_weight.device)
-
-    def to_float(self) -> nn.Module:
-        """The float module (a wrapper where this is a wrapper's QAT form) with the trained parameters."""
-        linear = self.linear_type.__new__(self.linear_type)
-        nn.Module.__init__(linear)
-        adopt_state(linear, self)
-        linear.train(self.training)
-        parts = [part for part in (self.bn, self.activation_module) if part is not None]
-        return self.float_type(linear, *parts) if issubclass(self.float_type, Fused) else linear
-
-    # What a kind of layer says of itself.
-
-    @property
-    def linear_weight(self) -> Tensor:
-        """`W`: the weight of the linear part."""
-        return self.weight
-
-    @property
-    def linear_bias(self) -> Tensor | None:
-        """`b`: the bias of the linear part."""
-        return self.bias
-
-    @property
-    def batch_norm(self) -> Any:
-        """What holds γ, β, the running statistics and ε; None without a BatchNorm."""
-        return self.bn
-
-    @property
-    def learns_statistics(self) -> bool:
-        """Whether training moves running statistics: a frozen BatchNorm has fixed ones."""
-        return isinstance(self.bn, _BatchNorm)
-
-    def normalize_batch(self, y: Tensor) -> Tensor:
-        """BatchNorm as it is in training: the batch's statistics, and an update of the running ones."""
-        normalized: Tensor = self.bn(y)  # type: ignore[misc]
-        return normalized
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The linear part, one call."""
-        raise NotImplementedError
-
-    def layout(self) -> WeightLayout:
-        """Where the weight keeps its output channels."""
-        return WeightLayout()
-
-    # Forward.
-
-    def forward(self, input: Tensor, *args: Any) -> Tensor:
-        """Input on its grid -> output on its grid."""
-        (x,) = self.quantized_inputs((input,))
-        if self._uses_batch_statistics():
-            return self._train_forward(x, *args)
-        return self._epilogue(self.folded_output(x, *args))
-
-    def folded_output(self, x: Tensor, *args: Any) -> Tensor:
-        """`F.conv*(x̂, Ŵ, b̂)`: the linear part with the BatchNorm folded, before the activation; one call."""
-        grid, folded, scale = self.quantized_parameters()
-        weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid.folded_float()
-        bias = self._deployed_bias(folded, scale)
-        dtype = self.linear_weight.dtype
-        return self.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype), *args)
-
-    def _deployed_bias(self, folded: Tensor, scale: Tensor | None) -> Tensor | None:
-        """`b̂`, or `b_f` without a scale for it; None where activations stay float and the layer has no bias."""
-        if self.bias_quantizer is not None:
-            return folded if scale is None else self.bias_quantizer(folded, scale)
-        return None if self.linear_bias is None and self.batch_norm is None else folded
-
-    def _train_forward(self, x: Tensor, *args: Any) -> Tensor:
-        # The running statistics as they stand before this batch's update: `bn` moves them below.
-        grid, bias, scale = self.quantized_parameters(detach=True)
-        error = None if scale is None or self.bias_quantizer is None else self.bias_quantizer(bias, scale) - bias
-        weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else grid.weight
-        y = self.linear(x, weight.to(grid.weight.dtype), self.linear_bias, *args)
-        return self._epilogue(y, bias_error=error, silenced=grid.silenced if scale is not None else None)
-
-    def _epilogue(self, y: Tensor, *, bias_error: Tensor | None = None, silenced: Tensor | None = None) -> Tensor:
-        batch = self._uses_batch_statistics()
-        return epilogue(
-            y,
-            normalize=(lambda value: self._normalize(value, silenced)) if batch else None,
-            bias_error=bias_error,
-            channel_axis=self.channel_axis,
-            pre_quantize=self.pre_activation_quantizer,
-            activation=self.activation_module,
-            quantize=self.output_quantizer,
-        )
-
-    def _normalize(self, y: Tensor, silenced: Tensor | None) -> Tensor:
-        bn = self.batch_norm
-        if silenced is None or bn.running_mean is None or bn.running_var is None:
-            return self.normalize_batch(y)
-        before = bn.running_mean.clone(), bn.running_var.clone()
-        normalized = self.normalize_batch(y)
-        # A channel of zeros has variance 0: letting that into the statistics would make k explode.
-        # `.data`: autograd saved these buffers for the eval form of its backward, which training does not read; an
-        # ordinary in-place write would make it refuse.
-        for buffer, old in zip((bn.running_mean.data, bn.running_var.data), before, strict=True):
-            buffer.copy_(torch.where(silenced, old, buffer))
-        return normalized
-
-    def _uses_batch_statistics(self) -> bool:
-        return self.training and self.learns_statistics and not self.bn_frozen
-
-    # Parameters.
-
-    def quantized_parameters(self, *, detach: bool = False) -> tuple[WeightGrid, Tensor, Tensor | None]:
-        """Grid of the folded weight, folded bias `b_f` (out,), and the bias scale.
-
-        The scale is None where there is none: the input or the weight is in float.
-
-        Args:
-            detach: Cut the gradient to the BatchNorm and the bias (for the bias error in training).
-        """
-        bn = self._bn_tensors()
-        weight, bias = self.linear_weight, self.linear_bias
-        if detach:
-            bn = None if bn is None else _detached(bn)
-            bias = None if bias is None else bias.detach()
-        factor = None if bn is None else fold_factor(bn)
-        if bn is not None and factor is not None:
-            folded = fold_bias(bias, bn, factor)
-        else:
-            folded = weight.new_zeros(self.layout().out_channels(weight)) if bias is None else bias
-        input_scale = self._input_scale()
-        if input_scale is None or self.bias_quantizer is None:
-            return self._weight_grid(weight, factor, None), folded, None
-        grid = self._weight_grid(weight, factor, self.bias_quantizer.weight_scale_floor(folded, input_scale))
-        return grid, folded, self.bias_quantizer.scale(folded, input_scale, grid.channel_scale())
-
-    def _weight_grid(self, weight: Tensor, factor: Tensor | None, floor: Tensor | None) -> WeightGrid:
-        quantizer, layout = self.weight_quantizer, self.layout()
-        weight = quantizer.shaped(weight) if quantizer.fake_quant_enabled else weight
-        if quantizer.scales_with_tensor and not (layout.transposed and layout.groups > 1):
-            rounding = quantizer.fake_quantize if quantizer.clips else None
-            return moving_grid(weight, factor, layout, quantizer.qparams_of(weight), floor, rounding)
-        power_of_two, rounding = quantizer.spec.power_of_two, quantizer.fake_quantize
-        return folded_grid(
-            weight, factor, layout, quantizer.qparams_of, floor, power_of_two=power_of_two, rounding=rounding
-        )
-
-    def _input_scale(self) -> Tensor | None:
-        source = self._sources[0] if self._sources else None
-        if source is None or not source.active or not self.weight_quantizer.fake_quant_enabled:
-            return None
-        return source.snapshot().scale
-
-    def _bn_tensors(self) -> BatchNormTensors | None:
-        bn = self.batch_norm
-        if bn is None:
-            return None
-        return BatchNormTensors(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
-
-    @torch.no_grad()
-    def parameter_codes(self) -> ParameterCodes:
-        """The integers that this layer deploys.
-
-        Raises:
-            LinkError: the quantizer of the input is not known.
-            NumericsError: a parameter or a scale is NaN or infinite, no data was seen, or the bias does not fit.
-        """
-        label = (self.label or self.weight_quantizer.label).rpartition(".")[0] or type(self).__name__
-        check_finite(self, label)
-        input_scale = None if self.bias_quantizer is None else self.input_qparams().scale
-        grid, bias, scale = self.quantized_parameters()
-        if not self.weight_quantizer.fake_quant_enabled or (input_scale is not None and scale is None):
-            raise NumericsError(
-                f"{label}: fake-quant is disabled, so there are no codes; model.apply(qbench.enable_fake_quant) first"
-            )
-        if self.bias_quantizer is None or scale is None or input_scale is None:
-            grid.qparams.check(f"{label}.weight")
-            value = self._deployed_bias(bias, None)
-            value = None if value is None else value.float()
-            return ParameterCodes(grid.codes(), grid.qparams, None, None, value, None, grid.coarsened, grid.silenced)
-        codes, saturated = self.bias_quantizer.codes(bias, scale)
-        # Where float32 has no weight scale that is large enough for the bias, the floor is infinite.
-        misfit = saturated | ~torch.isfinite(scale)
-        if bool(misfit.any()):
-            worst = int(misfit.nonzero()[0]) if misfit.ndim else 0
-            raise NumericsError(
-                f"{label}: the bias {bias[worst].item():.6g} of output channel {worst} does not fit "
-                f"{self.qconfig.bias} (scale {scale.flatten()[worst if scale.ndim else 0].item():.3g}, input scale "
-                f"{input_scale.item():.3g}); a wider bias fits, or one with a scale of its own: "
-                "get_qconfig(bias_scale='own')"
-            )
-        grid.qparams.check(f"{label}.weight")
-        value = self.bias_quantizer(bias, scale)
-        return ParameterCodes(grid.codes(), grid.qparams, codes, scale, value, saturated, grid.coarsened, grid.silenced)
-
-    # State.
-
-    def train(self: Self, mode: bool = True) -> Self:
-        """Set training mode; frozen BatchNorm statistics stay frozen."""
-        super().train(mode)
-        bn = getattr(self, "bn", None)  # absent while the torch layer's constructor runs
-        if bn is not None and self.bn_frozen:
-            bn.eval()
-        return self
-
-    def get_extra_state(self) -> Tensor:
-        """The switch, as a uint8 tensor (1,): whether BatchNorm statistics are frozen."""
-        return torch.tensor([self.bn_frozen], dtype=torch.uint8)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Restore the switch from a state dict."""
-        self.bn_frozen = bool(state[0])
-        self.train(self.training)
-
-    def extra_repr(self) -> str:
-        """The layer's own arguments, then what it is quantized to where that is not said by a quantizer."""
-        parts = [super().extra_repr()]
-        if self.bn_frozen:
-            parts.append("bn_frozen=True")
-        return ", ".join(part for part in parts if part)
-
-
 # Attributes of a QAT module that its float form does not have.
 # (`bn` and its like are plain attributes where they are None).
 _OWN_STATE = frozenset(
@@ -568,46 +240,3 @@ def adopt_state(target: nn.Module, source: nn.Module) -> None:
             target.__dict__[name] = value
     target._parameters.update(source._parameters)
     target._buffers.update(source._buffers)
-
-
-def is_batch_norm(kind: type[nn.Module]) -> bool:
-    """Whether a type is a BatchNorm that folds: PyTorch's, or one with fixed statistics and the same names."""
-    return issubclass(kind, (_BatchNorm, FrozenBatchNorm)) or kind.__name__.startswith("FrozenBatchNorm")
-
-
-def check_finite(module: nn.Module, label: str) -> None:
-    """Raise NumericsError if a parameter or a BatchNorm statistic of a module is NaN or infinite."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if "quantizer" in name or not tensor.is_floating_point():
-            continue
-        bad = ~torch.isfinite(tensor)
-        if bool(bad.any()):
-            value = tensor[bad].flatten()[0].item()
-            raise NumericsError(
-                f"{label}.{name} holds {int(bad.sum())} value(s) that are not finite (the first is {value}); "
-                "quantization needs finite numbers: look for a diverged training step or a broken checkpoint"
-            )
-
-
-def _detached(bn: BatchNormTensors) -> BatchNormTensors:
-    return BatchNormTensors(
-        None if bn.gamma is None else bn.gamma.detach(),
-        None if bn.beta is None else bn.beta.detach(),
-        bn.mean,
-        bn.var,
-        bn.eps,
-    )
-
-
-def freeze_bn_stats(module: nn.Module) -> None:
-    """Normalise with the running statistics from now on: `model.apply(qbench.freeze_bn_stats)`."""
-    if isinstance(module, QatLayer):
-        module.bn_frozen = True
-        module.train(module.training)
-
-
-def update_bn_stats(module: nn.Module) -> None:
-    """Normalise with the batch's statistics again, in training mode."""
-    if isinstance(module, QatLayer):
-        module.bn_frozen = False
-        module.train(module.training)

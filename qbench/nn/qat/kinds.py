@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qbench.errors import FusionError
 from qbench.nn.frozen import known_types
 from qbench.nn.intrinsic.fused import Fused, as_types
-from qbench.nn.qat.body import QatLayer, adopt_state
+from qbench.nn.qat.body import adopt_state
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.fold import WeightLayout
 from qbench.qconfig import QConfig
 

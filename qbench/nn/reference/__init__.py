@@ -1,8 +1,9 @@
 """Deployed form of QAT modules, which `convert` exports."""
 
 from qbench.nn.qat.attention import PositionBiasModule
-from qbench.nn.qat.body import QatLayer, QatModule
+from qbench.nn.qat.body import QatModule
 from qbench.nn.qat.embedding import Embedding, EmbeddingBag
+from qbench.nn.qat.layer import QatLayer
 from qbench.nn.reference.attention import ReferencePositionBias
 from qbench.nn.reference.embedding import ReferenceEmbedding, ReferenceEmbeddingBag
 from qbench.nn.reference.modules import QuantizeDequantize, ReferenceLayer, ReferenceModule, ReferenceOp

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from qbench.graph.qdq import quantized_decomposed
 from qbench.nn.functional_calls import FunctionalCalls
-from qbench.nn.qat.body import QatLayer, QatModule, QatOp, adopt_state, replaced
+from qbench.nn.qat.body import QatModule, QatOp, adopt_state, replaced
 from qbench.nn.qat.kinds import BatchNormKind
+from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.qparams import QParams
 
 
