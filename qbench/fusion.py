@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from qbench import mappings
 from qbench.errors import FusionError
+from qbench.modes import evaluating
 from qbench.nn import ops
 from qbench.nn.attention import ExplicitAttention
 from qbench.nn.frozen import known_types
@@ -468,13 +469,7 @@ def _compare_outputs(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...
 
 
 def _eval_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            out = model(*inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        out = model(*inputs)
     leaves = torch.utils._pytree.tree_leaves(out)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -26,6 +26,7 @@ from qbench.errors import LinkError
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.switches import switched_off
 from qbench.graph.scale_preserving import is_scale_joining, is_scale_preserving
+from qbench.modes import evaluating, modes_kept
 from qbench.nn.qat.body import QatModule
 from qbench.qconfig import QuantizerConfig
 from qbench.report.preparation import FloatInput, FloatOperation, SharedQuantizer
@@ -257,34 +258,24 @@ def _has_links(module: QatModule) -> bool:
 @contextlib.contextmanager
 def _quiet(model: nn.Module, modules: Any) -> Iterator[None]:
     """Eval, no gradients, quantizers passing values through, no compiled code, the random state as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
         stack.enter_context(switched_off(q for q in model.modules() if isinstance(q, FakeQuantize)))
-        stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modules:
             stack.enter_context(module.recording())
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        yield
 
 
 @contextlib.contextmanager
 def _containers_in_training(model: nn.Module) -> Iterator[None]:
     own = (QatModule, FakeQuantize)  # a quantizer in training mode would observe
     containers = [m for m in model.modules() if any(True for _ in m.children()) and not isinstance(m, own)]
-    for module in containers:
-        module.training = True
-    try:
-        yield
-    finally:
+    with modes_kept(containers):
         for module in containers:
-            module.training = False
+            module.training = True
+        yield
 
 
 class _Groups:

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qbench._torchvision import classification_model
 from qbench.errors import ConfigError
+from qbench.modes import evaluating
 
 
 def build_model(spec: str, num_classes: int) -> nn.Module:
@@ -44,7 +44,7 @@ def check_outputs(model: nn.Module, spec: str, example: Tensor, num_classes: int
     """Run a model once in eval mode and look at what it returns.
 
     Args:
-        model: Left in the mode that it had.
+        model: Its modules keep their modes.
         spec: Names the model in the message.
         example: A batch, (batch, 3, height, width).
         num_classes: Expected width of the output.
@@ -52,17 +52,14 @@ def check_outputs(model: nn.Module, spec: str, example: Tensor, num_classes: int
     Raises:
         ConfigError: it cannot run on such a batch, or does not return a (batch, num_classes) tensor.
     """
-    was_training = model.training
     try:
-        with torch.no_grad():
-            outputs = model.eval()(example)
+        with evaluating(model):
+            outputs = model(example)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model {spec!r} cannot run on images of shape {tuple(example.shape)}: {_first_line(error)}; "
             "another --image-size may suit it"
         ) from error
-    finally:
-        model.train(was_training)
     expected = (len(example), num_classes)
     if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
         got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__

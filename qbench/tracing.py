@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from qbench.modes import modes_kept
 from qbench.nn.norm_act import NormAct
 from qbench.nn.ops import Operation
 
@@ -142,12 +143,10 @@ def trace(module: nn.Module) -> Traced:
     """Trace the forward in both modes; raises whatever the forward raises on a traced value."""
     graphs = {}
     mode = module.training
-    try:
+    with modes_kept([module]):
         for training in (mode, not mode):
             module.training = training
             graphs[training] = _LocalTracer().trace(module)
-    finally:
-        module.training = mode
     by_mode: dict[fx.Node, ByMode] = {}
     pairs = list(zip(graphs[mode].nodes, graphs[not mode].nodes, strict=False))
     same = len(graphs[True].nodes) == len(graphs[False].nodes)

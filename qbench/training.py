@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 
 from qbench.data import Sample, batches
 from qbench.errors import ConfigError, MissingDependencyError, NumericsError, require
+from qbench.modes import evaluating
 
 Batch = Sequence[Tensor]  # (images, labels)
 ModuleFunction = Callable[[nn.Module], None]  # what `model.apply` takes
@@ -266,7 +267,7 @@ def evaluate(model: nn.Module | Callable[[Tensor], Tensor], data: Iterable[Batch
         NumericsError: the loss is not finite, or there was no batch.
     """
     running = RunningScore()
-    with _in_eval(model) if isinstance(model, nn.Module) else nullcontext():
+    with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
         device = _device_of(model) if isinstance(model, nn.Module) else torch.device("cpu")
         for images, labels in data:
             outputs = model(images.to(device))
@@ -397,21 +398,6 @@ class _Bar:
         score = running.score()
         self._bar.set_postfix_str(f"loss {score.loss:.3f}, top-1 {100 * score.top1:.1f} %", refresh=False)
         self._bar.update(1)
-
-
-class _in_eval:
-    """Put a module in eval mode, and every submodule back into the mode that it had."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in model.modules()]
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self._modes:
-            module.training = training
 
 
 def _toggle(name: str) -> ModuleFunction:

@@ -153,3 +153,9 @@ def test_outputs_that_are_no_tensor() -> None:
 
     with pytest.raises(ConfigError, match="returned tuple; expected a tensor"):
         check_outputs(Pair(), "m", torch.zeros(2, 10), 10)
+
+
+def test_a_part_that_is_frozen_stays_so() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.Flatten(), nn.Linear(48, 10))
+    check_outputs(model, "m", torch.zeros(2, 3, 4, 4), 10)
+    assert [module.training for module in model.modules()] == [True, False, True, True]

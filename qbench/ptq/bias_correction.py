@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from qbench.errors import ConfigError, NumericsError
 from qbench.fake_quantize import FakeQuantize
+from qbench.modes import evaluating
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.fold import BatchNormTensors, fold_factor
 from qbench.preparation import quantized_modules
 from qbench.ptq.calibration import Batches, as_tuples, check_calibrated, in_float
 from qbench.ptq.chains import SkippedLayer
 from qbench.report.text import bullets, columns
-from qbench.verification.trained import evaluating
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,9 +24,9 @@ from qbench.errors import ConfigError, NumericsError, PreparationError
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.learned import LearnedFakeQuantize
 from qbench.fake_quantize.switches import switched_off
+from qbench.modes import evaluating
 from qbench.preparation import preparation_report, quantized_modules
 from qbench.report.text import bullets
-from qbench.verification.trained import evaluating
 
 #: Each batch is the tuple of the model's inputs, or the tensor where there is one.
 Batches = Iterable[tuple[Any, ...] | Tensor]

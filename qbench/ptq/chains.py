@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qbench.errors import ConfigError
+from qbench.modes import evaluating
 from qbench.nn.qat.body import QatModule
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_factor
-from qbench.verification.trained import evaluating
 
 _CONV = "convolution"
 _LINEAR = ("addmm", "mm")

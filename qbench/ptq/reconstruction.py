@@ -28,13 +28,13 @@ from torch.utils._pytree import tree_map_only
 
 from qbench.errors import ConfigError
 from qbench.fake_quantize import FakeQuantize
+from qbench.modes import evaluating
 from qbench.nn.qat.layer import QatLayer
 from qbench.preparation import quantized_modules
 from qbench.ptq.calibration import Batches, as_tuples, check_calibrated, in_float
 from qbench.ptq.chains import SkippedLayer
 from qbench.ptq.rounding import LearnedRounding, bake, regularizer
 from qbench.report.text import bullets, columns
-from qbench.verification.trained import evaluating
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 WARM_UP = 0.2

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qbench.modes import evaluating
 from qbench.torch_ao.kinds import is_functional
 
 # Method, and for cat its axis.
@@ -54,15 +55,9 @@ class _Tracer(fx.Tracer):
 
 
 def _run(model: nn.Module, examples: Sequence[tuple[Any, ...]]) -> None:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
-            for inputs in examples:
-                model(*inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.random.fork_rng():
+        for inputs in examples:
+            model(*inputs)
 
 
 @contextlib.contextmanager

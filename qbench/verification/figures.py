@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from qbench.fake_quantize import disable_fake_quant
+from qbench.modes import evaluating
 from qbench.nn.qat.body import QatModule
 from qbench.nn.qat.layer import QatLayer
 from qbench.preparation import quantized_modules
 from qbench.report.figures import ActivationFigures, BiasFigures, LayerFigures, WeightFigures, sqnr
-from qbench.verification.trained import CodeCounts, counting_codes, evaluating
+from qbench.verification.trained import CodeCounts, counting_codes
 
 
 def layer_figures(model: nn.Module, inputs: Iterable[tuple[Tensor, ...]]) -> tuple[LayerFigures, ...]:

@@ -19,6 +19,7 @@ from qbench.export.processes import FileRunner
 from qbench.export.program import load_program
 from qbench.export.runtimes import get_runtime
 from qbench.export.taps import Tap
+from qbench.modes import evaluating
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.qparams import QParams
 from qbench.preparation import quantized_modules
@@ -26,7 +27,7 @@ from qbench.report.data import CodeSpread, Comparison, LayerComparison, Verifica
 from qbench.verification.counting import Count, check_shapes
 from qbench.verification.forms import RuntimeForms, TappedFile, images_at_once, make_forms, save_tapped
 from qbench.verification.parameters import compare_parameters, output_grids
-from qbench.verification.trained import counting_codes, evaluating, outputs_of
+from qbench.verification.trained import counting_codes, outputs_of
 
 Inputs = tuple[Tensor, ...] | Iterable[tuple[Tensor, ...]]
 

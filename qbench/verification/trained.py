@@ -48,19 +48,6 @@ class CodeCounts:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
 def counting_codes(model: nn.Module) -> Iterator[dict[str, CodeCounts]]:
     """Count the output codes of every quantized module that is called inside the block, by its path."""
     with contextlib.ExitStack() as stack:
