@@ -29,7 +29,7 @@ from qbench.graph.scale_preserving import is_scale_joining, is_scale_preserving
 from qbench.modes import evaluating, modes_kept
 from qbench.nn.qat.body import QatModule
 from qbench.qconfig import QuantizerConfig
-from qbench.report.preparation import FloatInput, FloatOperation, SharedQuantizer
+from qbench.report.preparation import FloatInput, FloatOperation, FloatOrigin, SharedQuantizer
 
 aten = torch.ops.aten
 
@@ -42,9 +42,9 @@ class FloatSource:
     that quantize their weight only is float by design, and no gap.
     """
 
-    reason: str
+    origin: FloatOrigin
+    name: str = ""
     reads: tuple[str, ...] = ()
-    is_stored: bool = False
     by_design: bool = False
 
 
@@ -182,7 +182,7 @@ class _Recorder(TorchDispatchMode):
         if not producers:
             return None
         by_design = all(isinstance(producer, FloatSource) and producer.by_design for producer in producers)
-        return FloatSource(f"{func._overloadpacket} leaves the grid", _reads(producers), by_design=by_design)
+        return FloatSource("operator", str(func._overloadpacket), _reads(producers), by_design)
 
     def _note_float_operation(self, func: Any, producers: list[Producer], real: bool) -> None:
         if any(isinstance(producer, FakeQuantize) or not producer.by_design for producer in producers) or (
@@ -227,14 +227,13 @@ def _record(
         links.seen.setdefault(module, {})
         for index, tensor in enumerate(module.data_tensors((*inputs, *named.values()))):
             name = stored.get(id(tensor))
-            reason = f"{name} is stored in the model" if name else "an input of the model, or made in float"
-            links.add(module, index, recorder.producer_or_source(tensor, FloatSource(reason, is_stored=bool(name))))
+            source = FloatSource("stored", name) if name else FloatSource("input")
+            links.add(module, index, recorder.producer_or_source(tensor, source))
 
     def leave(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         recorder.depth -= 1
         if not _has_links(module):
-            reason = f"the {type(module).__name__} before it quantizes its weight only"
-            recorder.tag(output, FloatSource(reason, by_design=True))
+            recorder.tag(output, FloatSource("weight_only", type(module).__name__, by_design=True))
 
     def after(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         recorder.tag(output, module)
@@ -320,7 +319,7 @@ def _connect(model: nn.Module, modules: dict[str, QatModule], links: Links) -> L
             lost = [producer for producer in producers if isinstance(producer, FloatSource)]
             if lost:
                 owned.append(index)
-                float_inputs.append(FloatInput(names[module], index, lost[0].reason))
+                float_inputs.append(FloatInput(names[module], index, lost[0].origin, lost[0].name))
         module.connect(tuple(sources), tuple(owned))
     shared = _merge(modules, groups, members)
     label_quantizers(model)
@@ -362,7 +361,7 @@ def _with_version(tensor: Tensor) -> Tensor:
 def _like(module: QatModule, source: FloatSource) -> FakeQuantize:
     own, qconfig = module.output_quantizer, module.qconfig
     assert own is not None  # only modules with links ask for one
-    if source.is_stored and module.symmetric_parameters and isinstance(qconfig.activation, QuantizerConfig):
+    if source.origin == "stored" and module.symmetric_parameters and isinstance(qconfig.activation, QuantizerConfig):
         spec = dataclasses.replace(qconfig.activation.spec, symmetric=True)
         quantizer = dataclasses.replace(qconfig.activation, spec=spec).make()
     else:

@@ -152,7 +152,7 @@ def test_lost(name: str) -> None:
     model = prepare(two_layers(way), (images(),))
     assert links(model)["conv2"] == ("conv2.input_quantizers.0",)
     (lost,) = (found for found in qbench.preparation_report(model).float_inputs if found.path == "conv2")
-    assert operator in lost.reason
+    assert operator in lost.name and lost.origin == ("operator" if operator else "input")
     del model._modules["fc"]
     train(model, images(), steps=2)
     if "dropout" not in name:
@@ -442,3 +442,17 @@ def test_a_view_of_what_was_written_to_keeps_its_link() -> None:
     qat = qbench.prepare_qat(nn.Sequential(*parts), qconfig=qbench.get_qconfig(), example_inputs=(x,))
     assert [found.path for found in qbench.preparation_report(qat).float_inputs] == ["0"]
     assert qat[4].sources[0] is qat[2].output_quantizer
+
+
+def test_the_report_says_where_float_inputs_come_from() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.mul(m.add(m.conv(x), m.offset), m.conv(x).sin())
+
+    model = Calls(forward, conv=nn.Conv2d(3, 4, 1), add=qbench.nn.Add(), mul=qbench.nn.Mul())
+    model.offset = nn.Parameter(torch.randn(4, 1, 1))
+    found = qbench.preparation_report(prepare(model, (images(),))).float_inputs
+    assert {(given.path, given.index, given.origin, given.name): given.reason for given in found} == {
+        ("conv", 0, "input", ""): "an input of the model, or made in float",
+        ("add", 1, "stored", "offset"): "offset is stored in the model",
+        ("mul", 1, "operator", "aten.sin"): "aten.sin leaves the grid",
+    }

@@ -304,9 +304,9 @@ class TestMixed:
 
     def test_the_report_says_why_an_input_is_quantized_at_its_consumer(self) -> None:
         report = qbench.preparation_report(self.model((1,)))
-        reasons = {found.path: found.reason for found in report.float_inputs}
-        assert set(reasons) == {"0", "2"}
-        assert "Linear before it quantizes its weight only" in reasons["2"]
+        origins = {found.path: (found.origin, found.name) for found in report.float_inputs}
+        assert origins == {"0": ("input", ""), "2": ("weight_only", "Linear")}
+        assert "the Linear before it quantizes its weight only" in str(report)
         assert "1 of them in their weight only" in str(report)
 
 

@@ -28,6 +28,7 @@ from qbench.nn.qat.body import QatModule
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.qparams import QParams
 from qbench.preparation import preparation_report
+from qbench.report.preparation import FloatOrigin
 
 _OUTPUT = "output_quantizer"
 _AVERAGES = ("aten.mean", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten._adaptive_avg_pool2d")
@@ -165,7 +166,7 @@ class _Plan:
 
     def _matches(self, names: dict[str, str]) -> list[_Match]:
         nodes = NodeNames(self.model) if self.source.kind == "MQBench" else None
-        inputs = {id(self.at[path]): path for path in self._float_inputs("an input of the model")}
+        inputs = {id(self.at[path]): path for path in self._float_inputs("input")}
         found, open_ = [], []
         for name, quantizer in self.source.outputs.items():
             if not quantizer.seen_data:
@@ -190,10 +191,10 @@ class _Plan:
                 self._ignore(quantizer, self._no_place(quantizer.name, free if quantizer in entries else []))
         return found
 
-    def _float_inputs(self, reason: str) -> list[str]:
-        """Keys of the quantizers of inputs that arrive in float for a reason, in the order of execution."""
+    def _float_inputs(self, origin: FloatOrigin, name: str = "") -> list[str]:
+        """Keys of the quantizers of inputs that arrive in float from somewhere, in the order of execution."""
         found = [f"{known.path}.input_quantizers.{known.index}" for known in self.report.float_inputs
-                 if known.reason.startswith(reason)]  # fmt: skip
+                 if (known.origin, known.name) == (origin, name)]  # fmt: skip
         return [path.lstrip(".") for path in found if path.lstrip(".") in self.at]
 
     def _place(self, path: str) -> Place | None:
@@ -272,7 +273,7 @@ class _Plan:
                 self._average(f"{path}.{_OUTPUT}".lstrip("."), module.sources[0])
         for operator in _AVERAGES:
             read = [found.reads for found in self.report.float_operations if found.operator == operator]
-            places = self._float_inputs(f"{operator} leaves the grid")
+            places = self._float_inputs("operator", operator)
             # Both in the order of execution.
             for path, reads in zip(places, read, strict=True) if len(places) == len(read) else ():
                 if len(reads) == 1:

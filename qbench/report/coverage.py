@@ -59,7 +59,7 @@ class Coverage:
             f"  modules      {', '.join(f'{n} {kind}' for kind, n in sorted(self.quantized.items())) or 'none'}",
         ]
         lines += _listed("left in float", (f"{found.kind}: {found.reason}" for found in self.left_in_float))
-        lines += _listed("quantized where it is read", (_kind(found.reason) for found in self.float_inputs))
+        lines += _listed("quantized where it is read", (_kind(found) for found in self.float_inputs))
         lines += _listed("computed in float", (found.operator for found in self.float_operations))
         lines += _listed("not reached", self.unreached)
         return "\n".join(lines)
@@ -69,9 +69,9 @@ def _of(part: int, whole: int) -> str:
     return f"{part:,} of {whole:,} ({100 * part / whole:.4g} %)" if whole else "0 of 0"
 
 
-def _kind(reason: str) -> str:
-    """A reason without the path that it starts with, so that equal ones are counted together."""
-    return "a tensor that is stored in the model" if reason.endswith(" is stored in the model") else reason
+def _kind(found: FloatInput) -> str:
+    """The reason without the path of what is stored, so that equal ones are counted together."""
+    return "a tensor that is stored in the model" if found.origin == "stored" else found.reason
 
 
 def _listed(title: str, reasons: Iterable[str]) -> list[str]:

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
+
+#: Where a tensor on no grid comes from: the model's inputs (or made in float, by `torch.zeros` say), a parameter or
+#: buffer, an operator that leaves the grid, a layer that quantizes its weight only.
+FloatOrigin = Literal["input", "stored", "operator", "weight_only"]
+
+_ORIGINS: dict[FloatOrigin, str] = {
+    "input": "an input of the model, or made in float",
+    "stored": "{} is stored in the model",
+    "operator": "{} leaves the grid",
+    "weight_only": "the {} before it quantizes its weight only",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +32,24 @@ class QuantizedModule:
 
 @dataclasses.dataclass(frozen=True)
 class FloatInput:
-    """An input that its consumer quantizes, because no quantizer produced it: path, position, reason."""
+    """An input that its consumer quantizes, because no quantizer produced it.
+
+    Attributes:
+        path: Of the consumer.
+        index: Position of the input.
+        origin: Where the tensor comes from.
+        name: `"aten.mean"`, say, for an operator; the path of what is stored; the class of a layer; else empty.
+    """
 
     path: str
     index: int
-    reason: str
+    origin: FloatOrigin
+    name: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Where the tensor comes from, in words."""
+        return _ORIGINS[self.origin].format(self.name)
 
 
 @dataclasses.dataclass(frozen=True)
