@@ -1,7 +1,8 @@
 """Reconstruction: the rounding of weights is learned, block by block, so that outputs come near those in float.
 
 Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020, arXiv:2004.10568, section 3;
-over a block of several layers, as in Li et al., "BRECQ", ICLR 2021, arXiv:2102.05426.
+over a block of several layers, as in Li et al., "BRECQ", ICLR 2021, arXiv:2102.05426; with activations that are in
+float at random, as in QDrop: see `qbench.ptq.dropping`.
 
     E(V) = mean (y − y_float)²         y: output of the block on what the quantized model, earlier blocks done, gives it
     L(V) = E(V)/E₀ + λ·f(V)            y_float: its output in the float model;  E₀: E of rounding to nearest
@@ -33,6 +34,7 @@ from qbench.nn.qat.layer import QatLayer
 from qbench.preparation import quantized_modules
 from qbench.ptq.calibration import Batches, as_tuples, check_calibrated, in_float
 from qbench.ptq.chains import SkippedLayer
+from qbench.ptq.dropping import dropping, mixed
 from qbench.ptq.rounding import LearnedRounding, bake, regularizer
 from qbench.report.text import bullets, columns
 
@@ -93,6 +95,7 @@ class _Learning:
     steps: int
     rate: float
     weight: float
+    drop: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,7 @@ def reconstruct(
     steps: int = 1000,
     rate: float = 1e-2,
     regularization: float = 1.0,
+    drop: float = 0.0,
 ) -> ReconstructionReport:
     """Learn for each weight whether to round it up or down, block by block. The model's weights are changed in place.
 
@@ -125,6 +129,7 @@ def reconstruct(
         steps: Steps of Adam for each block. The paper has 10 000.
         rate: Learning rate of `V`.
         regularization: `λ`.
+        drop: Chance that a value of an activation is taken in float at a step; QDrop has 0.5.
 
     Returns:
         Each block's error before and after; `print` shows it.
@@ -133,7 +138,7 @@ def reconstruct(
         PreparationError: the model was not prepared, or its links are not recorded yet.
         NumericsError: a quantizer has seen no data.
         ConfigError: there is no batch, a block does not exist, holds no layer, lies in another or puts out no tensor,
-            or there is no step.
+            there is no step, or `drop` is no chance.
     """
     check_calibrated(prepared, "reconstruct")
     kept = list(as_tuples(batches, "reconstruct"))
@@ -143,7 +148,9 @@ def reconstruct(
     chosen = _blocks(prepared, layers, list(layers) if blocks is None else blocks)
     reasons = {path: _why_not(layer) for path, layer in layers.items()}
     done, reached = [], set()
-    learning = _Learning(steps, rate, regularization)
+    if not 0.0 <= drop <= 1.0:
+        raise ConfigError(f"reconstruct: drop={drop!r} is no chance; drop=0.5 is that of QDrop, drop=0 drops nothing")
+    learning = _Learning(steps, rate, regularization, drop)
     with evaluating(prepared):
         for path in _in_order(prepared, chosen, kept[0]):
             usable = {p: m for p, m in layers.items() if _is_in(p, path) and not reasons[p]}
@@ -167,13 +174,14 @@ def _reconstruct_block(
 ) -> ReconstructedBlock:
     block = model.get_submodule(path)
     with in_float(model):
-        wanted = [use.out for use in _uses(model, path, batches)]
+        exact = _uses(model, path, batches)
+    wanted = [use.out for use in exact]
     uses = _uses(model, path, batches)
     before = _error(block, uses, wanted)
     nearest = {p: layer.quantized_parameters()[0].codes() for p, layer in layers.items()}
     count = sum(codes.numel() for codes in nearest.values())
     old = {p: layer.weight.detach().clone() for p, layer in layers.items()}
-    steps = _learn(block, layers, uses, wanted, before, learning) if before else {}
+    steps = _learn(block, layers, uses, exact, before, learning) if before else {}
     different = sum(bake(layers[p], found) for p, found in steps.items())
     after = _error(block, uses, wanted)
     refused = _why_refused(different, before, after)
@@ -193,7 +201,7 @@ def _learn(
     block: nn.Module,
     layers: Mapping[str, QatLayer],
     uses: Sequence[_Use],
-    wanted: Sequence[Tensor],
+    exact: Sequence[_Use],
     unit: float,
     learning: _Learning,
 ) -> dict[str, Tensor]:
@@ -206,10 +214,10 @@ def _learn(
         for path, stand_in in rounding.items():
             layers[path].weight_quantizer = stand_in
         for step in range(learning.steps):
-            use, target = uses[step % len(uses)], wanted[step % len(uses)]
-            with torch.enable_grad():
-                out = block(*use.args, **use.kwargs)
-                loss = (out - target).square().mean() / unit
+            use, other = uses[step % len(uses)], exact[step % len(uses)]
+            args, kwargs = mixed((other.args, other.kwargs), (use.args, use.kwargs), learning.drop)
+            with torch.enable_grad(), dropping(block, learning.drop):
+                loss = (block(*args, **kwargs) - other.out).square().mean() / unit
                 beta = _beta(step / learning.steps)
                 if beta is not None:
                     loss = loss + learning.weight * torch.stack([regularizer(v, beta) for v in variables]).mean()

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 import qbench
 from qbench.errors import ConfigError
+from qbench.fake_quantize import FakeQuantize
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.qparams import QSpec
+from qbench.ptq.dropping import dropping, mixed
 from qbench.ptq.rounding import (
     LearnedRounding,
     bake,
@@ -185,3 +187,45 @@ def test_refused() -> None:
             qbench.ptq.reconstruct(model, BATCHES, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="0 batches"):
         qbench.ptq.reconstruct(model, [])
+
+
+class TestDropping:
+    def test_each_value_is_one_of_the_two(self) -> None:
+        torch.manual_seed(0)
+        exact, rounded = torch.randn(1000), torch.arange(1000.0)
+        out, flag, index = mixed((exact, True, torch.tensor([1])), (rounded, True, torch.tensor([2])), 0.25)
+        assert bool(((out == exact) | (out == rounded)).all()) and flag and index == 2
+        assert 200 < int((out == exact).sum()) < 300
+        for chance, expected in ((0.0, rounded), (1.0, exact)):
+            assert torch.equal(mixed(exact, rounded, chance), expected)
+
+    def test_activations_of_the_block_are_in_float_inside_and_on_their_grids_after(self) -> None:
+        model = calibrated(chain()).eval()
+        x = BATCHES[0]
+        with torch.no_grad():
+            quantized = model(x)
+            with dropping(model, 1.0):
+                exact = model(x)
+            for module in model.modules():
+                if isinstance(module, FakeQuantize) and not module.stateless:
+                    module.fake_quant_enabled = False
+            # Without grids of the inputs there is no bias error either: what is left is half a step of each bias.
+            assert torch.allclose(exact, model(x), rtol=0, atol=1e-3) and not torch.equal(exact, quantized)
+            model.apply(qbench.enable_fake_quant)
+            assert torch.equal(model(x), quantized)
+
+    @pytest.mark.parametrize("blocks", [None, ["0"]], ids=["layers", "a block of three"])
+    def test_learning_with_it(self, blocks: list[str] | None) -> None:
+        torch.manual_seed(0)
+        block = nn.Sequential(*conv_bn(3, 8), nn.ReLU(), *conv_bn(8, 8), nn.ReLU(), *conv_bn(8, 4))
+        model = calibrated(nn.Sequential(block, nn.ReLU()), activation_bits=4)
+        report = qbench.ptq.reconstruct(model, BATCHES, blocks=blocks, drop=0.5, **STEPS)  # type: ignore[arg-type]
+        assert len(report.blocks) == (3 if blocks is None else 1)
+        assert any(block.after < block.before for block in report.blocks)
+        assert not any(module._forward_hooks for module in model.modules())
+        assert_exact(model.eval(), qbench.convert(model, (images(),)), images(seed=3))
+
+    @pytest.mark.parametrize("drop", [-0.1, 1.5, float("nan")])
+    def test_no_chance(self, drop: float) -> None:
+        with pytest.raises(ConfigError, match=r"drop=.* is no chance; drop=0.5"):
+            qbench.ptq.reconstruct(calibrated(SmallNet()), BATCHES, drop=drop)
