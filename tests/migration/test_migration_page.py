@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import fnmatch
 import functools
 import importlib
 import operator
@@ -69,6 +71,30 @@ class QatConvBnMish2d(nniqat.ConvBn2d):
     activation = nn.Mish
 
 
+class Chain(nn.Module):
+    """Two layers that can be balanced, in a module that can be a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.relu1 = nn.Conv2d(3, 8, 3), nn.ReLU()
+        self.conv2 = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.relu1(self.conv1(x)))
+
+    def fuse_model(self) -> nn.Module:
+        return self
+
+
+class Staged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage, self.last = Chain(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.stage(x).relu())
+
+
 class MyBlock(Block):
     """Not traceable: its path depends on a value."""
 
@@ -89,6 +115,8 @@ class Branchy(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "MyConv": lambda: nn.Sequential(MyConv(3, 4, 1), nn.ReLU()),
     "MyBlock": MyBlock,
+    "equaliz": Chain,
+    'pattern="block"': Staged,
 }
 
 
@@ -121,8 +149,27 @@ def before(row: Row) -> dict[str, Any]:
     conv = nn.Conv2d(3, 4, 1)
     conv.qconfig = qconfig
     given = fused if "prepare_qat(" in row[0] else model
+    for name in ("_equalize", "_correct_bias"):
+        importlib.import_module(f"torch.ao.quantization.{name}")
+    if "bias_correction" in row[0]:
+        given = ao.fuse_modules(model.eval(), [["conv1", "bn1", "relu1"], ["conv2", "bn2"]])
+        names["quantized"] = converted(given)
+        names["biases"] = biases(names["quantized"])
     return names | {"torch": torch, "nn": nn, "model": given, "qat": qat, "conv": conv, "qconfig": qconfig,
                     "x": images(), "state": trained_twin()}  # fmt: skip
+
+
+def converted(model: nn.Module) -> nn.Module:
+    """What torch.ao converts the model to, in post-training quantization."""
+    model = copy.deepcopy(model)
+    model.qconfig = ao.get_default_qconfig("fbgemm")
+    model = ao.prepare(model)
+    model(images())
+    return ao.convert(model)
+
+
+def biases(model: nn.Module) -> list[torch.Tensor]:
+    return [m.bias().clone() for m in model.modules() if callable(getattr(m, "bias", None))]
 
 
 def after(row: Row) -> dict[str, Any]:
@@ -130,7 +177,7 @@ def after(row: Row) -> dict[str, Any]:
     model = float_model(row)
     fused = qbench.fuse(model)
     fused.qconfig = qbench.get_qconfig()
-    qat = qbench.prepare_qat(fused, example_inputs=(images(),)) if type(model) is Block else None
+    qat = qbench.prepare_qat(fused, example_inputs=(images(),)) if type(model) in (Block, Staged) else None
     if qat is not None:
         qat(images())
     conv = nn.Conv2d(3, 4, 1)
@@ -172,6 +219,30 @@ def frozen(model: nn.Module) -> set[bool]:
 
 def fuses(*paths: str) -> Callable[..., bool]:
     return lambda old, new: all(kind(old.model, path) == kind(new.model, path) != "Conv2d" for path in paths)
+
+
+def magnitude(weight: torch.Tensor, axis: int) -> torch.Tensor:
+    return weight.movedim(axis, 0).flatten(1).abs().amax(1)
+
+
+def width(weight: torch.Tensor, axis: int) -> torch.Tensor:
+    low, high = weight.movedim(axis, 0).flatten(1).aminmax(dim=1)
+    return high - low
+
+
+def balanced(first: nn.Module, second: nn.Module, span: Callable[..., torch.Tensor] = magnitude) -> bool:
+    """Whether the ranges of the channels between two layers are equal."""
+    return torch.allclose(span(first.weight, 0), span(second.weight, 1), rtol=1e-3)
+
+
+def corrected(report: Any) -> bool:
+    return sum(layer.after for layer in report.layers) < sum(layer.before for layer in report.layers)
+
+
+def learned(blocks: int) -> Callable[[Any], bool]:
+    return lambda new: (
+        len(new.report.blocks) == blocks and all(block.after <= block.before for block in new.report.blocks)
+    )
 
 
 def spec(qconfig: Any) -> Any:
@@ -222,6 +293,12 @@ TORCH_AO: dict[str, Callable[[Any, Any], bool]] = {
     "QuantStub()": lambda old, new: torch.equal(old.stub(old.x), new.stub(new.x)),
     "QuantWrapper": lambda old, new: new.wrapped is new.model,
     "FloatFunctional": lambda old, new: torch.equal(old.y, new.y),
+    "_equalize": lambda old, new: (
+        balanced(old.model.conv1, old.model.conv2, width) and balanced(new.fused.conv1[0], new.fused.conv2)
+    ),
+    "_correct_bias": lambda old, new: (
+        not all(map(torch.equal, biases(old.quantized), old.biases)) and corrected(new.report)
+    ),
 }  # fmt: skip
 
 
@@ -273,6 +350,13 @@ MQBENCH: dict[str, Callable[[Any], bool]] = {
         flags(new.qat, "observer_enabled") == {False} and flags(new.qat, "fake_quant_enabled") == {True}
     ),
     "disable_all(": lambda new: flags(new.qat, "observer_enabled") == flags(new.qat, "fake_quant_enabled") == {False},
+    "enable_calibration(model.eval())": lambda new: (
+        new.report.batches == 1 and not new.report.without_grid and flags(new.qat, "fake_quant_enabled") == {True}
+    ),
+    'pattern="layer"': learned(3),
+    'pattern="block"': lambda new: learned(1)(new) and new.report.blocks[0].layers == ("stage.conv1", "stage.conv2"),
+    "prob=0.5": learned(3),
+    "get_weight_equalization_groups": lambda new: balanced(new.fused.conv1[0], new.fused.conv2),
     "load_state_dict": lambda new: len(new.report.keys) == len(new.state),
     "model_name=": lambda new: Path("net.onnx").stat().st_size > 1000,
     "deploy_to_qlinear": lambda new: len(new.report.fused) > 3,
@@ -327,7 +411,10 @@ def public(module: str) -> set[str]:
 
 def test_every_public_class_of_torch_ao_has_a_row() -> None:
     listed = [name for row in table("Each class of torch.ao") for name in code(row[0])]
-    modules = ("intrinsic", "intrinsic.qat", "qat", "qat.dynamic", "quantizable")
+    modules = (
+        "intrinsic", "intrinsic.qat", "intrinsic.quantized", "intrinsic.quantized.dynamic", "qat", "qat.dynamic",
+        "quantizable", "quantized", "quantized.dynamic", "quantized.reference",
+    )  # fmt: skip
     assert sorted(listed) == sorted(set().union(*map(public, modules)))
 
 
@@ -348,3 +435,38 @@ def test_the_place_of_each_feature_exists(row: Row) -> None:
             assert resolve(qbench, name.removeprefix("qbench.")), name
         elif name != "qbench targets":
             assert name in qbench.targets.names(), name
+
+
+def rows_with(heading: str, name: str) -> list[Row]:
+    return [row for row in table(heading) if any(fnmatch.fnmatchcase(name, cell) for cell in code(row[0]))]
+
+
+@pytest.mark.parametrize("name", ao.__all__)
+def test_every_name_of_torch_ao_quantization_has_one_row(name: str) -> None:
+    assert len(rows_with("Each name of torch.ao.quantization", name)) == 1
+
+
+@pytest.mark.parametrize("row", table("Each name of torch.ao.quantization"), ids=lambda row: row[0][1:40])
+def test_the_place_of_each_name_exists(row: Row) -> None:
+    assert any(fnmatch.fnmatchcase(name, cell) for name in ao.__all__ for cell in code(row[0]))
+    places = [name.removeprefix("qbench.") for name in code(row[1]) if name.startswith("qbench.")]
+    assert all(resolve(qbench, name) for name in places)
+    assert places or row[1].startswith(("none", "taken"))
+
+
+# mqbench/prepare_by_platform.py of github.com/ModelTC/MQBench: BackendType, FakeQuantizeDict, ObserverDict.
+MQBENCH_NAMES = [
+    *("Academic", "Tensorrt", "SNPE", "PPLW8A16", "NNIE", "Vitis", "ONNX_QNN", "PPLCUDA", "OPENVINO", "Tengine_u8"),
+    *("Tensorrt_NLP", "Academic_NLP", "Sophgo_TPU"),
+    *("FixedFakeQuantize", "LearnableFakeQuantize", "NNIEFakeQuantize", "DoReFaFakeQuantize", "DSQFakeQuantize"),
+    *("PACTFakeQuantize", "TqtFakeQuantize", "AdaRoundFakeQuantize", "QDropFakeQuantize", "E4M3FakeQuantize"),
+    *("E5M2FakeQuantize", "GPTQFakeQuantize", "FP4FakeQuantize", "GPTQFP4FakeQuantize"),
+    *("MinMaxObserver", "EMAMinMaxObserver", "MinMaxFloorObserver", "PoTModeObserver", "EMAMinMaxFloorObserver"),
+    *("EMAQuantileObserver", "ClipStdObserver", "LSQObserver", "MSEObserver", "EMAMSEObserver", "KLDObserver"),
+]
+
+
+@pytest.mark.parametrize("name", MQBENCH_NAMES)
+def test_every_choice_of_mqbench_has_one_row(name: str) -> None:
+    rows = [row for row in table("Each feature of MQBench") if re.search(rf"\b{name}\b", row[0])]
+    assert len(rows) == 1
