@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qbench.numerics.bias import bias_codes, dequantize_bias
+from qbench.numerics.blocks import in_blocks
 from qbench.numerics.qparams import QParams, along_axis
 
 
@@ -70,20 +71,18 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.bounds = (qmin, qmax, axis, group_size)
-        wide_scale = along_axis(scale, axis, x.ndim, group_size)
-        wide_zero = along_axis(zero_point.long(), axis, x.ndim, group_size)  # int32 would wrap in qmin − z
-        steps = x * (1.0 / wide_scale) if x.dtype == torch.float32 else x.float() * (1.0 / wide_scale)
-        return steps.round_().clamp_(qmin - wide_zero, qmax - wide_zero).mul_(wide_scale).to(x.dtype)
+        return round_to_grid(x, *_wide_grid(scale, zero_point, x.ndim, *ctx.bounds))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         qmin, qmax, axis, group_size = ctx.bounds
-        wide_scale = along_axis(scale, axis, x.ndim, group_size)
-        wide_zero = along_axis(zero_point.long(), axis, x.ndim, group_size)  # int32 would wrap in qmin − z
+        wide_scale, low, high = _wide_grid(scale, zero_point, x.ndim, *ctx.bounds)
+        if not any(ctx.needs_input_grad[1:3]):
+            return grad_inside(grads[0], x, wide_scale, low, qmax - qmin), *[None] * 6
         position = x.float() * (1.0 / wide_scale)
         steps = position.round()
-        clipped = steps.clamp(qmin - wide_zero, qmax - wide_zero)
+        clipped = steps.clamp(low, high)
         inside = steps == clipped
         grad_scale = None
         if ctx.needs_input_grad[1]:
@@ -93,6 +92,67 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_zero = sum_by_scale(torch.where(inside, 0.0, grads[0].float()), axis, group_size) * -scale
         return grads[0] * inside, grad_scale, grad_zero, None, None, None, None
+
+
+def _wide_grid(
+    scale: Tensor, zero_point: Tensor, ndim: int, qmin: int, qmax: int, axis: int | None, group_size: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`s`, `qmin − z` and `qmax − z`, float32, shaped so that they broadcast against a tensor of `ndim` axes."""
+    zero = zero_point.long()  # int32 would wrap in qmin − z
+    values = scale, (qmin - zero).float(), (qmax - zero).float()
+    wide_scale, low, high = (along_axis(value, axis, ndim, group_size) for value in values)
+    return wide_scale, low, high
+
+
+def round_to_grid(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`clamp(rne(x · (1/s)), low, high) · s`, computed in float32, in the shape, layout and dtype of `x`; no gradient.
+
+    Args:
+        x: float, any shape.
+        scale: `s`, float32, broadcasting against `x`.
+        low: `qmin − z`, float32, of the shape of `scale`.
+        high: `qmax − z`, likewise.
+    """
+    inverse = 1.0 / scale
+    if torch.compiler.is_compiling():
+        return ((x.float() * inverse).round().maximum(low).minimum(high) * scale).to(x.dtype)
+    result = torch.empty_like(x)
+    for source, target, *grid in in_blocks(x, result, inverse, scale, low, high):
+        step, size, least, most = grid
+        wide = source.float()  # not in the product: of float16 with a scalar, that would be float16
+        steps = target if wide is source else wide
+        torch.mul(wide, step, out=steps).round_()
+        torch.minimum(torch.maximum(steps, least, out=steps), most, out=steps).mul_(size)
+        if steps is not target:
+            target.copy_(steps)
+    return result
+
+
+def grad_inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, width: int) -> Tensor:
+    """The gradient of `round_to_grid` to `x`: `grad` where `low ≤ rne(x · (1/s)) ≤ low + width`, else 0.
+
+    Args:
+        grad: float, shape and dtype of `x`.
+        x: float, any shape.
+        scale: `s`, float32, broadcasting against `x`.
+        low: `qmin − z`, float32, of the shape of `scale`.
+        width: `qmax − qmin`.
+    """
+    inverse = 1.0 / scale
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or width >= _EXACT_STEPS:
+        steps = (x.float() * inverse).round()
+        return torch.where((steps >= low) & (steps <= low + width), grad, 0.0).to(grad.dtype)
+    result, scratch = torch.empty_like(x), None
+    for source, given, target, step, least in in_blocks(x, grad, result, inverse, low):
+        scratch = torch.empty_like(source) if scratch is None else scratch
+        above = torch.mul(source, step, out=scratch[: len(source)] if source.ndim else scratch).round_().sub_(least)
+        # The one op that masks a gradient in one pass wants bounds that are numbers: steps are counted from `low`.
+        torch.ops.aten.hardtanh_backward(given, above, -0.5, width + 0.5, grad_input=target)
+    return result
+
+
+#: Differences of steps below this are exact in float32.
+_EXACT_STEPS = 1 << 23
 
 
 def sum_by_scale(values: Tensor, axis: int | None, group_size: int | None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.errors import ConfigError
+from qbench.numerics.blocks import dense
 from qbench.numerics.qparams import QParams, QSpec, choose_qparams, in_groups
 
 
@@ -36,8 +37,11 @@ class Observer(nn.Module):
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest value that `x` needs, float32, (), (channels,) or (out, in/group_size)."""
-        low, high = torch.aminmax(self.rows(x), dim=1)
-        return self.from_rows(low, x), self.from_rows(high, x)
+        if self.spec.axis is None:
+            low, high = torch.aminmax(dense(x.detach()))
+            return low.float(), high.float()
+        rows = self.rows(x)  # Two reductions along an axis are vectorised on CPUs, `aminmax` along an axis is not.
+        return self.from_rows(rows.amin(1), x), self.from_rows(rows.amax(1), x)
 
     def rows(self, x: Tensor) -> Tensor:
         """`x`, float32, with one row for each scale.

@@ -1,0 +1,50 @@
+"""Elementwise chains in eager PyTorch, a cache-sized block at a time.
+
+    whole tensor    each op reads and writes main memory            n ops → n passes over it
+    in blocks       all ops on one block, then the next block       n ops → 1 pass over it
+
+A fresh result as large as an activation costs more than the arithmetic in it (the system hands out its pages one by
+one), so chains write into one result and one scratch block. Compiled code and GPUs get the whole tensor as one block:
+there, kernels are fused by the compiler, or launched at a price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+#: Values in a block, for each thread: with its result and a scratch, 256 KiB each, it stays in a core's second cache.
+BLOCK = 1 << 16
+
+
+def in_blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, cut alike along the first axis of `first`.
+
+    Args:
+        first: Any shape.
+        others: Of the same shape, or broadcasting against it: what has no such axis is handed on whole.
+
+    Yields:
+        Views: a block of `first`, then what goes with it of each other tensor.
+    """
+    rows = first.shape[0] if first.ndim else 1
+    step = rows
+    if first.device.type == "cpu" and not torch.compiler.is_compiling():
+        step = max(1, BLOCK * torch.get_num_threads() * rows // max(1, first.numel()))
+    if step >= rows:
+        yield first, *others
+        return
+    cut = [other.ndim == first.ndim and other.shape[0] == rows for other in others]
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        yield first[part], *(other[part] if inside else other for other, inside in zip(others, cut, strict=True))
+
+
+def dense(x: Tensor) -> Tensor:
+    """A view with the axes in the order of memory: reductions over all of `x` then need no contiguous copy of it."""
+    if torch.compiler.is_compiling() or x.is_contiguous():
+        return x
+    strides = x.stride()
+    return x.permute(sorted(range(x.ndim), key=lambda axis: -strides[axis]))

@@ -1,0 +1,66 @@
+"""Blocks: cut alike, whole where that is no gain, and the same bits as on the whole tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qbench.numerics import blocks
+from qbench.numerics.blocks import dense, in_blocks
+from qbench.numerics.qparams import QParams, fake_quantize, inside_range
+from qbench.numerics.straight_through import fake_quantize_ste
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few values, so that small tensors have many of them."""
+    monkeypatch.setattr(blocks, "BLOCK", 16)
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 5, 5), (1, 64), (64,), (3, 0), ()])
+def test_blocks_cover_every_value_once(small_blocks: None, shape: tuple[int, ...]) -> None:
+    x = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+    seen = torch.zeros_like(x)
+    for part, count in in_blocks(x, seen):
+        assert part.shape == count.shape
+        count += 1
+    assert bool((seen == 1).all())
+
+
+def test_what_broadcasts_is_cut_only_where_it_has_the_first_axis(small_blocks: None) -> None:
+    x, per_row, per_column, single = torch.rand(8, 8), torch.rand(8, 1), torch.rand(1, 8), torch.tensor(2.0)
+    result = torch.empty_like(x)
+    parts = list(in_blocks(x, result, per_row, per_column, single))
+    assert len(parts) > 1
+    for source, target, row, column, scalar in parts:
+        target.copy_(source * row * column * scalar)
+    assert torch.equal(result, x * per_row * per_column * single)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dense_views_are_contiguous(memory_format: torch.memory_format) -> None:
+    x = torch.rand(2, 3, 4, 5).contiguous(memory_format=memory_format)
+    assert dense(x).is_contiguous()
+    assert dense(x).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_fake_quantize_gives_the_bits_of_the_whole_tensor(
+    small_blocks: None, dtype: torch.dtype, memory_format: torch.memory_format, axis: int | None
+) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(8, 6, 5, 5) * 3).to(dtype).contiguous(memory_format=memory_format)
+    channels = () if axis is None else (x.shape[axis],)
+    qparams = QParams(torch.rand(channels) * 0.02 + 0.01, torch.randint(-20, 20, channels).int(), -128, 127, axis)
+    x.requires_grad_()
+    y = fake_quantize_ste(x, qparams)
+    gradient = torch.randn(x.shape).to(dtype)
+    y.backward(gradient)
+    inside = inside_range(x.detach().float(), qparams)
+    assert 0 < int(inside.sum()) < x.numel()
+    assert torch.equal(y, fake_quantize(x.detach().float(), qparams).to(dtype))
+    assert y.stride() == x.stride()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.where(inside, gradient, 0))
