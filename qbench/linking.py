@@ -2,8 +2,9 @@
 
 A tensor that a quantizer puts out is followed through operators that keep its grid (`graph.scale_preserving`).
 Producers that meet at one input — branches of Python control flow, pyramid levels, the inputs of a concat — become one
-shared quantizer, because hardware has one `s_in` there. An input that no quantizer produced gets a quantizer at its
-consumer. Modules that quantize their weight only take any input as it comes and put out float: they have no links.
+shared quantizer, because hardware has one `s_in` there: see `qbench.grouping`. An input that no quantizer produced gets
+a quantizer at its consumer. Modules that quantize their weight only take any input as it comes and put out float: they
+have no links.
 
 Three traps: a tensor must be kept alive by the key that stands for it (ids are reused), so keys are weak tensor
 references; a tag is void when the tensor was written to since (`_version`), or writes through a view would give wrong
@@ -26,29 +27,13 @@ from qbench.errors import LinkError
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.switches import switched_off
 from qbench.graph.scale_preserving import is_scale_joining, is_scale_preserving
+from qbench.grouping import FloatSource, Groups, Producer, group, shares
 from qbench.modes import evaluating, modes_kept
 from qbench.nn.qat.body import QatModule
 from qbench.qconfig import QuantizerConfig
-from qbench.report.preparation import FloatInput, FloatOperation, FloatOrigin, SharedQuantizer
+from qbench.report.preparation import FloatInput, FloatOperation, RequantizedInput, SharedQuantizer
 
 aten = torch.ops.aten
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FloatSource:
-    """A tensor on no grid: what made it, and the paths of the QAT modules that its values come from.
-
-    One that is stored in the model, a parameter or a buffer, is an operand with a grid of its own. What follows layers
-    that quantize their weight only is float by design, and no gap.
-    """
-
-    origin: FloatOrigin
-    name: str = ""
-    reads: tuple[str, ...] = ()
-    by_design: bool = False
-
-
-Producer = FakeQuantize | FloatSource
 
 
 @dataclasses.dataclass
@@ -106,6 +91,7 @@ class LinkResult:
     float_operations: tuple[FloatOperation, ...]
     shared: tuple[SharedQuantizer, ...]
     unreached: tuple[str, ...]
+    requantized: tuple[RequantizedInput, ...]
 
 
 class _Recorder(TorchDispatchMode):
@@ -277,54 +263,37 @@ def _containers_in_training(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Groups:
-    """Union–find over producers."""
-
-    def __init__(self) -> None:
-        self.parent: dict[Producer, Producer] = {}
-        self.reasons: dict[Producer, str] = {}
-
-    def find(self, producer: Producer) -> Producer:
-        self.parent.setdefault(producer, producer)
-        while self.parent[producer] is not producer:
-            producer = self.parent[producer]
-        return producer
-
-    def join(self, producers: Sequence[Producer], reason: str) -> None:
-        roots = list(dict.fromkeys(self.find(producer) for producer in producers))
-        # A quantizer that exists represents its group.
-        roots.sort(key=lambda root: isinstance(root, FloatSource))
-        for other in roots[1:]:
-            self.parent[other] = roots[0]
-            self.reasons[roots[0]] = reason
-
-
 def _connect(model: nn.Module, modules: dict[str, QatModule], links: Links) -> LinkResult:
     names = {module: name for name, module in modules.items()}
-    groups = _group(names, links)
+    groups = group(names, links.seen)
     members: dict[Producer, list[FakeQuantize]] = {}
     for producer in list(groups.parent):
         if isinstance(producer, FakeQuantize):
             members.setdefault(groups.find(producer), []).append(producer)
     quantizers: dict[Producer, FakeQuantize] = {}
-    float_inputs = []
+    float_inputs, requantized = [], []
     for module, inputs in links.seen.items():
-        sources, owned = [], []
+        sources, owned, again = [], [], []
         for index in sorted(inputs):
             producers = list(inputs[index])
+            if (module, index) in groups.requantized:
+                sources.append(_again(module, groups))
+                again.append(index)
+                requantized.append(RequantizedInput(names[module], index, _reads(producers)))
+                continue
             root = groups.find(producers[0])
             if root not in quantizers:
-                quantizers[root] = root if isinstance(root, FakeQuantize) else _like(module, root)
+                quantizers[root] = root if isinstance(root, FakeQuantize) else _like(module, root.origin == "stored")
             sources.append(quantizers[root])
             lost = [producer for producer in producers if isinstance(producer, FloatSource)]
             if lost:
                 owned.append(index)
                 float_inputs.append(FloatInput(names[module], index, lost[0].origin, lost[0].name))
-        module.connect(tuple(sources), tuple(owned))
+        module.connect(tuple(sources), tuple(owned), tuple(again))
     shared = _merge(modules, groups, members)
     label_quantizers(model)
     unreached = tuple(name for name, module in modules.items() if module not in links.seen and _has_links(module))
-    return LinkResult(tuple(float_inputs), tuple(_float_operations(links)), shared, unreached)
+    return LinkResult(tuple(float_inputs), tuple(_float_operations(links)), shared, unreached, tuple(requantized))
 
 
 def _float_operations(links: Links) -> Iterator[FloatOperation]:
@@ -340,28 +309,22 @@ _AS_MODULES = {
 }
 
 
-def _group(names: dict[QatModule, str], links: Links) -> _Groups:
-    groups = _Groups()
-    for module, inputs in links.seen.items():
-        for index, producers in inputs.items():
-            groups.join(list(producers), f"they meet at input {index} of {names[module]}")
-    for module, inputs in links.seen.items():
-        target = module.qconfig.deployment
-        if module.float_type.__name__ in target.shared_ops and module.output_quantizer is not None:
-            everything = [producer for producers in inputs.values() for producer in producers]
-            groups.join([*everything, module.output_quantizer], f"{names[module]} needs one grid on target {target}")
-    return groups
-
-
 def _with_version(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one that was made in inference mode and has no version counter."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _like(module: QatModule, source: FloatSource) -> FakeQuantize:
+def _again(module: QatModule, groups: Groups) -> FakeQuantize:
+    """What puts an input that has a grid on another one: that of a shared op's output, else one of its own."""
+    root = groups.find(module.output_quantizer) if shares(module) and module.output_quantizer is not None else None
+    return root if isinstance(root, FakeQuantize) else _like(module)
+
+
+def _like(module: QatModule, is_stored: bool = False) -> FakeQuantize:
+    """A quantizer for an input of a module; one that is stored in the model is an operand with a grid of its own."""
     own, qconfig = module.output_quantizer, module.qconfig
     assert own is not None  # only modules with links ask for one
-    if source.origin == "stored" and module.symmetric_parameters and isinstance(qconfig.activation, QuantizerConfig):
+    if is_stored and module.symmetric_parameters and isinstance(qconfig.activation, QuantizerConfig):
         spec = dataclasses.replace(qconfig.activation.spec, symmetric=True)
         quantizer = dataclasses.replace(qconfig.activation, spec=spec).make()
     else:
@@ -372,7 +335,7 @@ def _like(module: QatModule, source: FloatSource) -> FakeQuantize:
 
 
 def _merge(
-    modules: dict[str, QatModule], groups: _Groups, members: dict[Producer, list[FakeQuantize]]
+    modules: dict[str, QatModule], groups: Groups, members: dict[Producer, list[FakeQuantize]]
 ) -> tuple[SharedQuantizer, ...]:
     shared = []
     for root, quantizers in members.items():

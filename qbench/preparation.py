@@ -169,6 +169,7 @@ def _link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any
         float_inputs=found.float_inputs,
         shared=found.shared,
         unreached=found.unreached,
+        requantized=found.requantized,
         links_recorded=True,
         float_operations=found.float_operations,
     )

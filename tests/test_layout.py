@@ -26,6 +26,7 @@ FLOORS = (
     ("attention",),
     ("tracing",),
     ("fusion",),
+    ("grouping",),
     ("linking",),
     ("preparation",),
     ("one_call",),

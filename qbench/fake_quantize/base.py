@@ -20,7 +20,7 @@ from qbench.errors import NumericsError, QBenchWarning
 from qbench.fake_quantize.producers import note_producer
 from qbench.numerics.qparams import QParams, QSpec
 from qbench.numerics.straight_through import fake_quantize_ste
-from qbench.observers import Observer
+from qbench.observers import FixedObserver, Observer
 
 
 class FakeQuantize(nn.Module):
@@ -84,6 +84,12 @@ class FakeQuantize(nn.Module):
     def clips(self) -> bool:
         """Whether values may lie outside the grid, or the gradient is not straight through for another reason."""
         return self.learned or self.observer.clips
+
+    @property
+    def known_grid(self) -> tuple[float, int] | None:
+        """Scale and zero point where they are known before any data; else None."""
+        observer = self.observer
+        return observer.known if isinstance(observer, FixedObserver) and not self.learned else None
 
     @property
     def active(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qbench.observers.base import LatestObserver, Observer
+from qbench.observers.fixed import FixedGridObserver, FixedObserver, FixedRangeObserver
 from qbench.observers.histogram import HistogramObserver, PercentileObserver
 from qbench.observers.kl import KLObserver
 from qbench.observers.magnitude import (
@@ -19,6 +20,9 @@ from qbench.observers.quantile import LatestQuantileObserver, QuantileObserver
 
 __all__ = [
     "OBSERVERS",
+    "FixedGridObserver",
+    "FixedObserver",
+    "FixedRangeObserver",
     "HistogramObserver",
     "KLObserver",
     "LatestMSEObserver",

@@ -53,6 +53,21 @@ class FloatInput:
 
 
 @dataclasses.dataclass(frozen=True)
+class RequantizedInput:
+    """An input that its consumer puts on another grid, because one that it arrives on is known and cannot be shared.
+
+    Attributes:
+        path: Of the consumer.
+        index: Position of the input.
+        reads: Paths of the modules that it comes from.
+    """
+
+    path: str
+    index: int
+    reads: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class SharedQuantizer:
     """Quantizers that became one: the paths under which it is found, and why."""
 
@@ -124,6 +139,7 @@ class PreparationReport:
         quantized: Modules that became QAT modules.
         float_inputs: Inputs that arrive in float and are quantized by their consumer.
         shared: Quantizers that were merged.
+        requantized: Inputs that their consumer puts on another grid than that on which they arrive.
         left_in_float: Modules that stay float, and forwards whose operations do, with the reason.
         float_operations: Operators that compute in float from quantized tensors.
         unreached: Paths of QAT modules that no recorded forward reached.
@@ -139,6 +155,7 @@ class PreparationReport:
     links_recorded: bool = False
     float_operations: tuple[FloatOperation, ...] = ()
     overrides: tuple[AppliedOverride, ...] = ()
+    requantized: tuple[RequantizedInput, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.quantized)} modules quantized"]
@@ -149,6 +166,11 @@ class PreparationReport:
             lines.append("links: the first forward will be recorded")
         lines += [f"override {applied}" for applied in self.overrides]
         lines += [f"input {i.index} of {i.path}: quantized there, {i.reason}" for i in self.float_inputs]
+        for again in self.requantized:
+            lines.append(
+                f"input {again.index} of {again.path}: on another grid there, as that of {', '.join(again.reads)} "
+                "cannot be shared"
+            )
         lines += [f"one quantizer: {', '.join(s.paths)} ({s.reason})" for s in self.shared]
         lines += [f"left in float: {f.path or '(root)'} [{f.kind}], {f.reason}" for f in self.left_in_float]
         for found in self.float_operations:

@@ -35,7 +35,7 @@ class QatModule(nn.Module):
     Attributes:
         float_type: The float module that this is the QAT form of.
         qconfig: What it is quantized to.
-        input_quantizers: Quantizers of inputs that arrive in float, by position.
+        input_quantizers: Quantizers of inputs that arrive in float, or on a grid that is not to be kept, by position.
         output_quantizer: Quantizer of the output; None where activations stay float (weight-only).
     """
 
@@ -50,6 +50,7 @@ class QatModule(nn.Module):
     input_quantizers: nn.ModuleDict
     output_quantizer: FakeQuantize | None
     _sources: tuple[FakeQuantize, ...] | None
+    _requantized: tuple[int, ...]
 
     @classmethod
     def from_float(cls: type[Self], module: nn.Module, qconfig: QConfig | None = None) -> Self:
@@ -114,22 +115,29 @@ class QatModule(nn.Module):
         self.qconfig = qconfig
         self.input_quantizers = nn.ModuleDict()
         self.output_quantizer = None if qconfig.weight_only else qconfig.make_activation()
-        self._sources = None
+        self._sources, self._requantized = None, ()
 
     @property
     def label(self) -> str:
         """Path of the output's quantizer in the prepared model, for messages; empty where there is none."""
         return "" if self.output_quantizer is None else self.output_quantizer.label
 
-    def connect(self, sources: tuple[FakeQuantize, ...] | None, owned: tuple[int, ...] = ()) -> None:
+    def connect(
+        self,
+        sources: tuple[FakeQuantize, ...] | None,
+        owned: tuple[int, ...] = (),
+        requantized: tuple[int, ...] = (),
+    ) -> None:
         """Say which quantizer produced each input.
 
         Args:
             sources: One quantizer per input; None forgets the links.
             owned: Positions whose input arrives in float: their quantizer is applied here and becomes a submodule.
+            requantized: The same of inputs that arrive on other grids.
         """
-        self._sources = sources
-        self.input_quantizers = nn.ModuleDict({str(i): sources[i] for i in owned} if sources else {})
+        self._sources, self._requantized = sources, requantized
+        here = sorted((*owned, *requantized))
+        self.input_quantizers = nn.ModuleDict({str(i): sources[i] for i in here} if sources else {})
         self.input_quantizers.training = self.training
 
     @property
@@ -166,7 +174,7 @@ class QatModule(nn.Module):
             )
         for index, (x, source) in enumerate(zip(inputs, self._sources, strict=False)):
             producer = producer_of(x)
-            if producer is not None and producer is not source:
+            if producer is not None and producer is not source and index not in self._requantized:
                 raise LinkError(
                     f"input {index} of the {type(self).__name__} that puts out to {self.label} comes "
                     f"from {getattr(producer, 'label', producer)}, which no recorded forward showed; the recorded one "
@@ -225,7 +233,10 @@ def replaced(inputs: Iterable[Any], tensors: Sequence[Tensor], others: Sequence[
 # Attributes of a QAT module that its float form does not have.
 # (`bn` and its like are plain attributes where they are None).
 _OWN_STATE = frozenset(
-    {"qconfig", "_sources", "bn", "bn_frozen", "activation_module", "pre_activation_quantizer", "linear_type"}
+    {
+        *("qconfig", "_sources", "_requantized", "linear_type"),
+        *("bn", "bn_frozen", "activation_module", "pre_activation_quantizer"),
+    }
 )
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
