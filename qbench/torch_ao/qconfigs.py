@@ -5,11 +5,13 @@
     per_*_symmetric           symmetric; s = max|x| / qmax, where torch.ao divides by qmax + ½
     per_channel_*             one scale per output channel
     moving average, min–max   of activations; the range of a weight is that of the weight at hand
+    fixed                     that scale and zero point; an input that arrives in float has a range of its own
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import warnings
 from typing import Any
@@ -21,7 +23,7 @@ from qbench import targets
 from qbench.errors import ConfigError
 from qbench.nn.intrinsic import Fused
 from qbench.numerics.qparams import QSpec
-from qbench.observers import LatestMinMaxObserver, MinMaxObserver, MovingAverageMinMaxObserver
+from qbench.observers import FixedGridObserver, LatestMinMaxObserver, MinMaxObserver, MovingAverageMinMaxObserver
 from qbench.qconfig import QConfig, QuantizerConfig
 from qbench.torch_ao.kinds import is_wrapper
 
@@ -44,7 +46,7 @@ _METHODS = {
     "TqtFakeQuantize": "tqt",
     "FixedFakeQuantize": "fixed",
 }
-_FAKE_QUANTIZES = ("FakeQuantize", "FusedMovingAvgObsFakeQuantize")
+_FAKE_QUANTIZES = ("FakeQuantize", "FusedMovingAvgObsFakeQuantize", "FixedQParamsFakeQuantize")
 
 
 def translate_qconfig(qconfig: Any, target: str | targets.Target = "onnxruntime") -> QConfig | None:
@@ -69,7 +71,11 @@ def translate_qconfig(qconfig: Any, target: str | targets.Target = "onnxruntime"
             "qbench.get_qconfig() makes a QConfig without torch.ao"
         )
     found = targets.get(target)
-    return QConfig(target, _activation(qconfig.activation, found), _weight(qconfig.weight, found))
+    activation = _activation(qconfig.activation, found)
+    own_input = None
+    if activation is not None and activation.observer is FixedGridObserver:
+        own_input = dataclasses.replace(found.activation or QSpec(), bits=activation.spec.bits)
+    return QConfig(target, activation, _weight(qconfig.weight, found), input=own_input)
 
 
 def is_torch_ao_qconfig(value: Any) -> bool:
@@ -154,6 +160,8 @@ def _activation(factory: Any, target: targets.Target) -> QuantizerConfig | None:
     signed = target.activation is None or target.activation.signed
     spec = QSpec(bits, signed, symmetric, axis, narrow=signed and observer.quant_min == -observer.quant_max)
     kind = type(observer).__name__
+    if kind == "FixedQParamsObserver":
+        return _fixed(observer, spec, target)
     if kind == "MovingAverageMinMaxObserver":
         constant = float(observer.averaging_constant)
         return QuantizerConfig(spec, MovingAverageMinMaxObserver, observer_options={"averaging_constant": constant})
@@ -162,6 +170,23 @@ def _activation(factory: Any, target: targets.Target) -> QuantizerConfig | None:
     near = "; get_qconfig(observer='mse') minimises the same error" if kind == "HistogramObserver" else ""
     raise ConfigError(
         f"activation: {kind} has no equivalent, MovingAverageMinMaxObserver and MinMaxObserver have{near}"
+    )
+
+
+def _fixed(observer: Any, spec: QSpec, target: targets.Target) -> QuantizerConfig:
+    scale = float(observer.scale)
+    zero_point = int(observer.zero_point) - observer.quant_min + spec.qmin
+    spec = dataclasses.replace(
+        spec,
+        symmetric=zero_point == (0 if spec.signed else (spec.qmax + 1) // 2),
+        power_of_two=target.activation is not None and target.activation.power_of_two and math.frexp(scale)[0] == 0.5,
+    )
+    try:
+        FixedGridObserver(spec, scale, zero_point)
+    except ConfigError as error:
+        raise ConfigError(f"activation: {type(observer).__name__}: {error}") from None
+    return QuantizerConfig(
+        spec, FixedGridObserver, observer_options={"scale": scale, "zero_point": zero_point}
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import images
+from models import assert_exact, images, train
 from torch import nn
 from torch_ao_models import QUIET, Block, ao
 
@@ -93,6 +93,55 @@ def test_the_same_range_gives_the_same_grid() -> None:
         assert torch.equal(theirs.zero_point - 128, ours.zero_point.reshape(1))
 
 
+FIXED = {
+    "sigmoid": (ao.default_fixed_qparams_range_0to1_fake_quant, (1 / 256, -128), False),
+    "tanh": (ao.default_fixed_qparams_range_neg1to1_fake_quant, (1 / 128, 0), True),
+    "the observer alone": (ao.default_fixed_qparams_range_0to1_observer, (1 / 256, -128), False),
+    "an odd one": (ao.FixedQParamsObserver.with_args(scale=0.1, zero_point=7), (0.1, -121), False),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_fixed_grids(name: str) -> None:
+    activation, (scale, zero_point), symmetric = FIXED[name]
+    found = translate_qconfig(ao.QConfig(activation, WEIGHT))
+    assert found.activation.spec == QSpec(8, symmetric=symmetric)
+    theirs, x = getattr(activation(), "activation_post_process", activation()), images()
+    quantizer = found.make_activation().train()
+    for _ in range(2):
+        quantizer(3 * x)
+        assert (quantizer.scale.item(), quantizer.zero_point.item()) == (theirs.scale.item(), zero_point)
+    assert quantizer.scale.item() == pytest.approx(scale)
+    assert found.make_input().known_grid is None and found.make_input().spec == QSpec(8)
+
+
+def test_targets_with_rules_of_their_own_take_the_grids_that_they_have() -> None:
+    weight = ao.default_per_channel_weight_fake_quant
+    qconfigs = {name: ao.QConfig(FIXED[name][0], weight) for name in ("sigmoid", "tanh")}
+    assert translate_qconfig(qconfigs["tanh"], "tensorrt").activation.spec.symmetric
+    assert translate_qconfig(qconfigs["sigmoid"], "qnn").make_activation().observer.known == (1 / 256, 0)
+    with pytest.raises(ConfigError, match="target tensorrt has no zero points"):
+        translate_qconfig(qconfigs["sigmoid"], "tensorrt")
+
+
+def test_a_sigmoid_with_a_fixed_grid() -> None:
+    torch.manual_seed(0)
+    x, model = images(), Block().train().fuse_model()
+    model.qconfig = ao.get_default_qat_qconfig("onednn")
+    model.sigmoid.qconfig = ao.QConfig(FIXED["sigmoid"][0], ao.default_weight_fake_quant)
+    qat = qbench.prepare_qat(model, example_inputs=(x,))
+    train(qat, x, steps=2)
+    assert qat.sigmoid.output_quantizer.known_grid == (1 / 256, -128)
+    assert float(qat.sigmoid.output_quantizer.scale) == 1 / 256
+    assert_exact(qat, qbench.convert(qat, (x,)), images(seed=3))
+    alone = nn.Sequential(nn.Sigmoid(), nn.Softmax(1))
+    alone.qconfig = ao.QConfig(FIXED["an odd one"][0], ao.default_weight_fake_quant)
+    alone = qbench.prepare_qat(alone, example_inputs=(x,)).train()
+    alone(9 * x)
+    assert [float(module.output_quantizer.scale) for module in alone] == [pytest.approx(0.1)] * 2
+    assert float(alone[0].input_quantizers["0"].scale) > 0.1  # the input is no probability
+
+
 def test_weights_alone() -> None:
     assert translate_qconfig(ao.default_weight_only_qconfig).weight_only
 
@@ -104,7 +153,11 @@ REFUSED = [
     (ao.default_embedding_qat_qconfig, "float_qparams makes no integer codes"),
     (ao.QConfig(act(quant_min=0, quant_max=200), WEIGHT), r"0 … 200 are not all codes.*0 … 255 are those of 8 bits"),
     (ao.QConfig(act(quant_min=-10, quant_max=7, dtype=torch.qint8), WEIGHT), r"-10 … 7 are not all codes"),
-    (ao.QConfig(ao.default_fixed_qparams_range_0to1_fake_quant, WEIGHT), "FixedQParamsFakeQuantize has no equivalent"),
+    (ao.QConfig(ao.FixedQParamsObserver.with_args(scale=0.1, zero_point=300), WEIGHT), "FixedQParams.*zero point 172"),
+    (
+        ao.QConfig(act(quant_min=0, quant_max=255), ao.default_fixed_qparams_range_0to1_fake_quant),
+        "weight: FixedQParamsObserver has no equivalent",
+    ),
     (ao.QConfig(ao.default_per_channel_weight_observer, WEIGHT), "PerChannelMinMaxObserver has no equivalent"),
     (ao.QConfig(nn.ReLU, WEIGHT), "ReLU is not a class of torch.ao"),
     (ao.QConfig(ao.HistogramObserver, WEIGHT), r"HistogramObserver has no equivalent.*observer='mse'"),

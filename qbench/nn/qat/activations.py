@@ -13,7 +13,7 @@ from torch import nn
 
 from qbench.fake_quantize import FakeQuantize
 from qbench.nn.qat.body import QatOp
-from qbench.observers.fixed import FixedRangeObserver
+from qbench.observers import FixedObserver, FixedRangeObserver
 from qbench.qconfig import QConfig, QuantizerConfig
 
 
@@ -39,7 +39,7 @@ class Probability(ActivationOp):
     def _add_quantizers(self, qconfig: QConfig) -> None:
         super()._add_quantizers(qconfig)
         config = qconfig.activation
-        if isinstance(config, QuantizerConfig):
+        if isinstance(config, QuantizerConfig) and not issubclass(config.observer, FixedObserver):
             bounds = {"low": 0.0, "high": 1.0 - 2.0**-config.spec.bits}
             self.output_quantizer = FakeQuantize(config.spec, FixedRangeObserver(config.spec, **bounds))
 
