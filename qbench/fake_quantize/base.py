@@ -23,6 +23,14 @@ from qbench.numerics.straight_through import fake_quantize_ste
 from qbench.observers import FixedObserver, Observer
 
 
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether somebody wants to see the calls of a module: then it has to be called."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
 class FakeQuantize(nn.Module):
     """Fixed-range quantizer: an observer finds the grid, rounding passes gradients straight through.
 
@@ -171,6 +179,28 @@ class FakeQuantize(nn.Module):
 
     def _observe(self, x: Tensor) -> None:
         self.set_grid(self.grid_from(self.observer(x)))
+
+    @property
+    def rounds_plainly(self) -> bool:
+        """Whether a forward is `watch`, then `fake_quantize_ste` per tensor: then a fused function may do it."""
+        kind, base = type(self), FakeQuantize
+        plain = (kind.forward, kind.fake_quantize, kind._observe) == (base.forward, base.fake_quantize, base._observe)
+        ready = self.active or (self.fake_quant_enabled and self.training and self.observer_enabled)
+        return plain and ready and not self.learned and self.scale.ndim == 0 and not is_hooked(self, self.observer)
+
+    def watch(self, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> QParams:
+        """Observe `x` (in training) and answer with the grid in use.
+
+        Args:
+            x: What is quantized.
+            ends: Its lowest and highest value, () each, where `observer.by_ends` and they are known.
+        """
+        if self.training and self.observer_enabled:
+            if ends is None:
+                self._observe(x)
+            else:
+                self.set_grid(self.grid_from(self.observer.observe_ends(*ends)))
+        return self.snapshot()
 
     @torch.no_grad()
     def set_grid(self, qparams: QParams) -> None:

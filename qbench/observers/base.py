@@ -13,8 +13,8 @@ from qbench.numerics.qparams import QParams, QSpec, choose_qparams, in_groups
 class Observer(nn.Module):
     """Base of the observers: keeps a range [min_val, max_val] per tensor or per channel.
 
-    Subclasses implement `update`, or `range_of` where one of the ways to combine tensors is inherited. The range starts
-    as [+inf, −inf], which means that nothing was seen.
+    Subclasses implement `take`, which combines ranges, and `range_of` where a tensor needs another range than from its
+    lowest to its highest value; or `update`, which is both. The range starts as [+inf, −inf]: nothing was seen.
 
     Args:
         spec: What is wanted; `spec.axis` decides per tensor or per channel.
@@ -65,7 +65,18 @@ class Observer(nn.Module):
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Take `x` into account and return the range as new tensors."""
-        raise NotImplementedError(f"{type(self).__name__} must implement update(x) -> (low, high)")
+        return self.take(*self.range_of(x))
+
+    def take(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the range that one tensor needs into account and return the range as new tensors."""
+        raise NotImplementedError(f"{type(self).__name__} must implement take(low, high), or update(x) -> (low, high)")
+
+    @property
+    def by_ends(self) -> bool:
+        """Whether all that it wants to know of a tensor is its lowest and highest value: see `observe_ends`."""
+        kind, base = type(self), Observer
+        inherits = (kind.forward, kind.update, kind.range_of) == (base.forward, base.update, base.range_of)
+        return inherits and self.spec.axis is None
 
     def keep(self, low: Tensor, high: Tensor) -> None:
         """Remember a range."""
@@ -75,6 +86,11 @@ class Observer(nn.Module):
     def forward(self, x: Tensor) -> QParams:
         """Observe `x` and return the grid that now holds."""
         return choose_qparams(*self.update(x), self.spec)
+
+    @torch.no_grad()
+    def observe_ends(self, low: Tensor, high: Tensor) -> QParams:
+        """`forward`, given the lowest and the highest value of `x`; only where `by_ends`."""
+        return choose_qparams(*self.take(low, high), self.spec)
 
     def extra_repr(self) -> str:
         """Nothing: the quantizer prints the grid."""

@@ -21,9 +21,8 @@ class LatestMinMaxObserver(LatestObserver):
 class MinMaxObserver(Observer):
     """Range of everything seen."""
 
-    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Widen the range by `x`."""
-        low, high = self.range_of(x)
+    def take(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Widen the range."""
         low, high = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
         self.keep(low, high)
         return low, high
@@ -41,9 +40,8 @@ class MovingAverageMinMaxObserver(Observer):
         super().__init__(spec)
         self.averaging_constant = averaging_constant
 
-    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the range towards that of `x`; the first tensor sets it (decided on the device, without a sync)."""
-        low, high = self.range_of(x)
+    def take(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the range towards this one; the first tensor sets it (decided on the device, without a sync)."""
         first = self.min_val > self.max_val  # [+inf, −inf] stands for nothing seen; one infinite value does not
         low, high = (
             torch.where(first, new, old + self.averaging_constant * (new - old))

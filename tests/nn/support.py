@@ -288,8 +288,14 @@ def expect(module: nn.Module, input_scale: float, *, weight_bits: int = 8, bias_
     return Expected(factor, codes.astype(np.int64), scale, step, bias, bias_codes, bias_scale, wide)
 
 
-def normalized(y: Tensor, bn: _BatchNorm, *, running: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """BatchNorm with the batch's statistics; `running` (mean, variance) is updated in place where given."""
+def normalized(
+    y: Tensor, bn: _BatchNorm, *, error: Tensor | None = None, running: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """BatchNorm with the batch's statistics, and the bias error in its shift where given.
+
+    `running` (mean, variance) is updated in place where given.
+    """
     mean, variance = running or (None, None)
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    return F.batch_norm(y, mean, variance, bn.weight, bn.bias, True, momentum, bn.eps)
+    shift = bn.bias if error is None else error if bn.bias is None else bn.bias + error
+    return F.batch_norm(y, mean, variance, bn.weight, shift, True, momentum, bn.eps)

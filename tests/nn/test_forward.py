@@ -110,8 +110,7 @@ class TestTraining:
             expected = expect(module, source_of(layer).scale.item(), bias_bits=bias_bits)
             with torch.no_grad():
                 y = call(linear, on_grid(x, source_of(layer)), expected.unfolded, linear.bias)
-                y = normalized(y, bn, running=(bn.running_mean, bn.running_var))
-                y = y + spread_channels(expected.error, y, channel_axis(linear))
+                y = normalized(y, bn, error=expected.error, running=(bn.running_mean, bn.running_var))
                 y = y if activation is None else activation(y)
             got = float_output(layer, x).detach()
             assert same_bits(got, y)
@@ -146,11 +145,11 @@ class TestTraining:
         _, bn, _ = parts_of(module)
         with torch.no_grad():
             y = call(module[0], on_grid(x, source_of(layer)), before.unfolded, module[0].bias)
-            y = normalized(y, bn, running=(bn.running_mean, bn.running_var))
+            wanted = normalized(y, bn, error=before.error, running=(bn.running_mean, bn.running_var))
             after = expect(module, source_of(layer).scale.item(), bias_bits=16)
-        assert same_bits(got, y + before.error.reshape(1, -1, 1, 1))
+        assert same_bits(got, wanted)
         assert not torch.equal(before.error, after.error)
-        assert not torch.equal(got, y + after.error.reshape(1, -1, 1, 1))
+        assert not torch.equal(got, normalized(y, bn, error=after.error))
 
     @pytest.mark.parametrize("case", [c for c in CASES if not c.has_bn], ids=lambda case: case.name)
     def test_without_batch_norm_training_and_eval_are_one(self, case: Case) -> None:
@@ -176,8 +175,8 @@ class TestTraining:
         linear, bn, activation = parts_of(module.train())
         expected = expect(module, source.scale.item(), bias_bits=16)
         with torch.no_grad():
-            y = normalized(call(linear, on_grid(x, source), expected.unfolded, linear.bias), bn)
-            y = y + spread_channels(expected.error, y, channel_axis(linear))
+            y = call(linear, on_grid(x, source), expected.unfolded, linear.bias)
+            y = normalized(y, bn, error=expected.error)
             y = y if activation is None else activation(y)
         assert torch.equal(out, on_grid(y, layer.output_quantizer))
         assert torch.isfinite(out).all()

@@ -22,7 +22,7 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import producer_of
 from qbench.nn.frozen import known_types
 from qbench.nn.ops import spread
-from qbench.numerics.epilogue import epilogue
+from qbench.nn.qat.epilogue import epilogue
 from qbench.numerics.qparams import QParams
 from qbench.qconfig import QConfig
 
@@ -114,8 +114,16 @@ class QatModule(nn.Module):
     def _add_quantizers(self, qconfig: QConfig) -> None:
         self.qconfig = qconfig
         self.input_quantizers = nn.ModuleDict()
-        self.output_quantizer = None if qconfig.weight_only else qconfig.make_activation()
+        self.output_quantizer = None if qconfig.weight_only else self._make_output(qconfig)
         self._sources, self._requantized = None, ()
+
+    def _make_output(self, qconfig: QConfig) -> FakeQuantize:
+        return qconfig.make_output(self.output_op)
+
+    @property
+    def output_op(self) -> str:
+        """Name of the float class that computes what is put out."""
+        return str(self.float_type.__name__)
 
     @property
     def label(self) -> str:
@@ -221,7 +229,7 @@ class QatOp(QatModule):
             plain: Tensor = self.float_type.forward(self, *inputs)
             return plain
         y = self.float_type.forward(self, *replaced(inputs, tensors, self.quantized_inputs(tensors)))
-        return epilogue(y, quantize=self.output_quantizer)
+        return epilogue(y, self.output_quantizer)
 
 
 def replaced(inputs: Iterable[Any], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Any]:

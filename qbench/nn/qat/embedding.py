@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from qbench.errors import FusionError
 from qbench.fake_quantize import FakeQuantize
 from qbench.nn.qat.body import QatModule
-from qbench.numerics.epilogue import epilogue
+from qbench.nn.qat.epilogue import epilogue
 from qbench.qconfig import QConfig
 
 
@@ -72,7 +72,7 @@ class EmbeddingBag(TableModule, nn.EmbeddingBag):
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Indices and where each bag starts -> (bags, columns)."""
         y = bag(self, self.weight_quantizer(self.weight), input, offsets, per_sample_weights)
-        return epilogue(y, quantize=self.output_quantizer)
+        return epilogue(y, self.output_quantizer)
 
 
 def bag(

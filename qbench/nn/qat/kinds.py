@@ -170,10 +170,10 @@ class BatchNormKind(QatLayer):
         """See `QatLayer.learns_statistics`."""
         return issubclass(self.linear_type, _BatchNorm)
 
-    def normalize_batch(self, y: Tensor) -> Tensor:
-        """See `QatLayer.normalize_batch`."""
-        normalized: Tensor = self.linear_type.forward(self, y)
-        return normalized
+    @property
+    def batch_norm_type(self) -> type[Any]:
+        """See `QatLayer.batch_norm_type`."""
+        return self.linear_type
 
     def _check_input_dim(self, input: Tensor) -> None:
         kind: Any = self.linear_type

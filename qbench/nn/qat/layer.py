@@ -1,7 +1,7 @@
 """The one body of every QAT layer with a weight: what differs between them is class data.
 
     eval, frozen BN   y = F.conv*(x̂, Ŵ, b̂)
-    train             y = BN_batch(F.conv*(x̂, Ŵ/k) + b) + e,     e = b̂ − b_f
+    train             y = BN_batch(F.conv*(x̂, Ŵ/k) + b) + e,     e = b̂ − b_f, which BN adds as part of its shift
     weight-only       y = F.conv*(x, Ŵ, b_f)                      in training BN_batch(F.conv*(x, Ŵ/k) + b)
 
 in one call where BN is folded: a separate add gives other bits. See docs/equations.md.
@@ -19,9 +19,10 @@ from qbench.errors import FusionError, NumericsError
 from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.nn.frozen import is_batch_norm
 from qbench.nn.intrinsic.fused import Fused, as_types
+from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
-from qbench.numerics.epilogue import epilogue
+from qbench.nn.qat.epilogue import epilogue, fused_epilogue
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
 from qbench.numerics.qparams import in_groups
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
@@ -96,9 +97,9 @@ class QatLayer(QatModule):
         self._complete(bn, rest[0] if rest else None, qconfig)
 
     def _complete(self, bn: nn.Module | None, activation: nn.Module | None, qconfig: QConfig) -> None:
-        self._add_quantizers(qconfig)
         self.bn = bn
         self.activation_module = activation
+        self._add_quantizers(qconfig)
         self.bn_frozen = False
         self.weight_quantizer = qconfig.make_weight(axis=self.layout().axis, weight=self.linear_weight)
         if self.weight_quantizer.spec.group_size is not None:
@@ -116,6 +117,11 @@ class QatLayer(QatModule):
         linear.train(self.training)
         parts = [part for part in (self.bn, self.activation_module) if part is not None]
         return self.float_type(linear, *parts) if issubclass(self.float_type, Fused) else linear
+
+    @property
+    def output_op(self) -> str:
+        """See `QatModule.output_op`: the activation, or the linear part."""
+        return (self.linear_type if self.activation_module is None else type(self.activation_module)).__name__
 
     # What a kind of layer says of itself.
 
@@ -139,10 +145,10 @@ class QatLayer(QatModule):
         """Whether training moves running statistics: a frozen BatchNorm has fixed ones."""
         return isinstance(self.bn, _BatchNorm)
 
-    def normalize_batch(self, y: Tensor) -> Tensor:
-        """BatchNorm as it is in training: the batch's statistics, and an update of the running ones."""
-        normalized: Tensor = self.bn(y)  # type: ignore[misc]
-        return normalized
+    @property
+    def batch_norm_type(self) -> type[Any]:
+        """The type whose forward normalises with the batch's statistics."""
+        return type(self.bn)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The linear part, one call."""
@@ -181,32 +187,23 @@ class QatLayer(QatModule):
         error = None if scale is None or self.bias_quantizer is None else self.bias_quantizer(bias, scale) - bias
         weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else grid.weight
         y = self.linear(x, weight.to(grid.weight.dtype), self.linear_bias, *args)
-        return self._epilogue(y, bias_error=error, silenced=grid.silenced if scale is not None else None)
+        silenced = grid.silenced if scale is not None else None
+        bn = TrainingBatchNorm(self.batch_norm, self.batch_norm_type, error, silenced, self.channel_axis)
+        return self._epilogue(y, bn)
 
-    def _epilogue(self, y: Tensor, *, bias_error: Tensor | None = None, silenced: Tensor | None = None) -> Tensor:
-        batch = self._uses_batch_statistics()
-        return epilogue(
-            y,
-            normalize=(lambda value: self._normalize(value, silenced)) if batch else None,
-            bias_error=bias_error,
-            channel_axis=self.channel_axis,
-            pre_quantize=self.pre_activation_quantizer,
-            activation=self.activation_module,
-            quantize=self.output_quantizer,
-        )
+    def _epilogue(self, y: Tensor, bn: TrainingBatchNorm | None = None) -> Tensor:
+        fused = self._fused_epilogue(y, bn)
+        if fused is not None:
+            return fused
+        steps = self.pre_activation_quantizer, self.activation_module, self.output_quantizer
+        return epilogue(y, bn, *steps)
 
-    def _normalize(self, y: Tensor, silenced: Tensor | None) -> Tensor:
-        bn = self.batch_norm
-        if silenced is None or bn.running_mean is None or bn.running_var is None:
-            return self.normalize_batch(y)
-        before = bn.running_mean.clone(), bn.running_var.clone()
-        normalized = self.normalize_batch(y)
-        # A channel of zeros has variance 0: letting that into the statistics would make k explode.
-        # `.data`: autograd saved these buffers for the eval form of its backward, which training does not read; an
-        # ordinary in-place write would make it refuse.
-        for buffer, old in zip((bn.running_mean.data, bn.running_var.data), before, strict=True):
-            buffer.copy_(torch.where(silenced, old, buffer))
-        return normalized
+    def _fused_epilogue(self, y: Tensor, bn: TrainingBatchNorm | None) -> Tensor | None:
+        """The same values from one function, where there is one for these steps; else None."""
+        if self.pre_activation_quantizer is None:
+            return fused_epilogue(y, bn, self.activation_module, self.output_quantizer)
+        before = fused_epilogue(y, bn, None, self.pre_activation_quantizer)
+        return None if before is None else epilogue(before, self.activation_module, self.output_quantizer)
 
     def _uses_batch_statistics(self) -> bool:
         return self.training and self.learns_statistics and not self.bn_frozen

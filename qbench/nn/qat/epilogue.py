@@ -1,0 +1,76 @@
+"""Everything that follows the linear part of a QAT layer.
+
+    train     conv  →  BN_batch, + e  →  [pre-activation quantizer]  →  activation  →  output quantizer
+    eval      conv  →                    [pre-activation quantizer]  →  activation  →  output quantizer
+
+The bias error `e = b̂ − b_f` stands outside what BN normalises: before it, `e` would be a constant per channel that the
+batch mean removes, and training would never see it.
+
+`epilogue` runs the steps one by one and is what compilers see. In eager training on a CPU, a chain that ends in a plain
+quantizer is one function instead (`qbench.numerics.fused`), with the same values and the same gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qbench.fake_quantize import FakeQuantize
+from qbench.fake_quantize.base import is_hooked
+from qbench.fake_quantize.producers import note_producer
+from qbench.nn.qat.batch_norm import TrainingBatchNorm
+from qbench.numerics.fused import Chain, normalize_clip_quantize
+
+Step = Callable[[Tensor], Tensor]
+
+
+def epilogue(y: Tensor, *steps: Step | None) -> Tensor:
+    """Apply the steps that are given, in order."""
+    for step in steps:
+        if step is not None:
+            y = step(y)
+    return y
+
+
+def fused_epilogue(
+    y: Tensor, bn: TrainingBatchNorm | None, activation: nn.Module | None, quantizer: FakeQuantize | None
+) -> Tensor | None:
+    """`epilogue(y, bn, activation, quantizer)` from one function; None where there is none for these.
+
+    Args:
+        y: Output of the linear part, (batch, out, …), float32 on a CPU.
+        bn: BatchNorm over the batch's own statistics.
+        activation: The activation.
+        quantizer: Quantizer behind it: observes, then quantizes with the range that includes this batch.
+    """
+    bounds = _bounds(activation)
+    if quantizer is None or bounds is None or torch.compiler.is_compiling():
+        return None
+    if y.device.type != "cpu" or y.dtype != torch.float32 or y.numel() == 0 or not quantizer.rounds_plainly:
+        return None
+    chain = Chain(None, *bounds, quantizer.observer.by_ends, quantizer.watch)
+    if bn is None:
+        # A quantizer alone saves what it reads, as this would, and has one pass less.
+        return None if activation is None else note_producer(normalize_clip_quantize(y, None, None, chain), quantizer)
+    if not bn.plain(y) or y.numel() == y.shape[1]:  # one value per channel: PyTorch refuses, in its own words
+        return None
+    with bn.keeping_silenced():
+        bn.holder._check_input_dim(y)
+        chain = Chain(bn.count(), *bounds, quantizer.observer.by_ends, quantizer.watch)
+        return note_producer(normalize_clip_quantize(y, bn.holder.weight, bn.shift, chain), quantizer)
+
+
+def _bounds(activation: nn.Module | None) -> tuple[float, float] | None:
+    """Where an activation cuts: `clamp(x, low, high)`; None where it is not of that form, or somebody watches it."""
+    if activation is None:
+        return -math.inf, math.inf
+    if is_hooked(activation):
+        return None
+    if type(activation) is nn.ReLU:
+        return 0.0, math.inf
+    if isinstance(activation, nn.Hardtanh) and type(activation) in (nn.ReLU6, nn.Hardtanh):
+        return activation.min_val, activation.max_val
+    return None

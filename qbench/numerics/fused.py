@@ -1,0 +1,190 @@
+"""What follows a convolution in training, as one function with one backward: the plain path of eager PyTorch on CPUs.
+
+    α = γ/sqrt(σ² + ε)      β' = (β + e) − μ·α      v = α·y + β'          BatchNorm with the bias error in its shift
+    a = clamp(v, low, high)                                               the activation: ReLU, ReLU6 or none
+    s, z                                                                  the grid that is found from a
+    out = clamp(rne(a·(1/s)), qmin − z, qmax − z)·s
+
+    backward    g is cut to low < v < high and to codes inside the grid, then goes through BatchNorm
+
+Each step has the bits of the separate operators. What is saved is `y` alone, which BatchNorm's backward needs anyway:
+`v` is computed again, in blocks that never leave the cache. Outside BatchNorm's own two kernels, that makes two passes
+over memory forward and one backward, and two fresh tensors of the size of `y`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qbench.numerics.blocks import dense, in_blocks
+from qbench.numerics.qparams import QParams
+
+aten = torch.ops.aten
+
+#: Lowest and highest value of a tensor, () each.
+Ends = tuple[Tensor, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What BatchNorm updates in training, and how.
+
+    Attributes:
+        running_mean: `μ_r`, (channels,).
+        running_var: `σ²_r`, (channels,).
+        momentum: Weight of the batch.
+        eps: `ε`.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
+    eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """What to do with the output of a convolution.
+
+    Attributes:
+        statistics: Of BatchNorm; None without it.
+        low: Lower bound of the activation; −inf where it has none.
+        high: Upper bound of the activation; inf where it has none.
+        by_ends: Whether `watch` finds the grid from the two ends of a tensor.
+        watch: Observes a tensor, (its ends where `by_ends`), and answers with the grid per tensor.
+    """
+
+    statistics: Statistics | None
+    low: float
+    high: float
+    by_ends: bool
+    watch: Callable[[Tensor, Ends | None], QParams]
+
+
+def normalize_clip_quantize(y: Tensor, gamma: Tensor | None, shift: Tensor | None, chain: Chain) -> Tensor:
+    """The function above: float32 on a CPU, not compiled.
+
+    Args:
+        y: (batch, channels, …), float32.
+        gamma: `γ`, (channels,), or None for ones.
+        shift: `β + e`, (channels,), or None for zeros.
+        chain: The rest.
+    """
+    out: Tensor = _NormalizeClipQuantize.apply(y, gamma, shift, chain)
+    return out
+
+
+class _NormalizeClipQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gamma: Tensor | None, shift: Tensor | None, chain: Chain) -> Tensor:
+        mean = inverse = None
+        if chain.statistics is None:
+            out = torch.empty_like(y)
+        else:
+            out, mean, inverse = _batch_norm(y, gamma, shift, chain.statistics)
+        ends = _clip(y if mean is None else out, out, chain)
+        grid = chain.watch(out, ends)
+        low, high = ((code - grid.zero_point.long()).float() for code in (grid.qmin, grid.qmax))
+        _round(out, grid.scale, None if chain.low >= 0 else low, high)
+        ctx.chain, ctx.width = chain, grid.qmax - grid.qmin
+        ctx.save_for_backward(y, gamma, shift, mean, inverse, 1.0 / grid.scale, low)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, gamma, shift, mean, inverse, steps_per_unit, low = ctx.saved_tensors
+        chain: Chain = ctx.chain
+        factor = None if mean is None else _affine(y, gamma, shift, mean, inverse)
+        inside = torch.empty_like(y)
+        scratch = None
+        for source, given, target in in_blocks(y, grads[0], inside):
+            scratch = torch.empty_like(source) if scratch is None else scratch
+            value = scratch[: len(source)]
+            if factor is None:
+                value.copy_(source)
+            else:
+                torch.addcmul(factor[1], source, factor[0], out=value)
+            # A value that the activation cuts is moved out of every grid: one mask then serves both.
+            if chain.low > -math.inf:
+                aten.threshold_(value, chain.low, -math.inf)
+            if chain.high < math.inf:
+                aten.threshold_(value.neg_(), -chain.high, -math.inf).neg_()
+            value.mul_(steps_per_unit).round_().sub_(low)
+            aten.hardtanh_backward(given, value, -0.5, ctx.width + 0.5, grad_input=target)
+        if chain.statistics is None:
+            return inside, None, None, None
+        wanted = [ctx.needs_input_grad[0], gamma is not None, shift is not None]
+        eps = chain.statistics.eps
+        found = aten.native_batch_norm_backward(inside, y, gamma, None, None, mean, inverse, True, eps, wanted)
+        return (*found, None)
+
+
+def _batch_norm(
+    y: Tensor, gamma: Tensor | None, shift: Tensor | None, statistics: Statistics
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`v`, the batch's mean and `1/sqrt(σ² + ε)`; moves the running statistics."""
+    running = statistics.running_mean, statistics.running_var
+    out, mean, inverse = aten.native_batch_norm(y, gamma, shift, *running, True, statistics.momentum, statistics.eps)
+    if not _repeats_batch_norm(y.is_contiguous()):
+        factor, constant = _affine(y, gamma, shift, mean, inverse)
+        torch.addcmul(constant, y, factor, out=out)
+    return out, mean, inverse
+
+
+def _affine(y: Tensor, gamma: Tensor | None, shift: Tensor | None, mean: Tensor, inverse: Tensor) -> Ends:
+    """`α` and `β'`, shaped so that they broadcast against `y`."""
+    factor = inverse if gamma is None else inverse * gamma
+    start = torch.zeros_like(mean) if shift is None else shift
+    constant = torch.addcmul(start, mean, factor, value=-1)
+    wide = (1, -1, *[1] * (y.ndim - 2))
+    return factor.reshape(wide), constant.reshape(wide)
+
+
+@functools.cache
+def _repeats_batch_norm(contiguous: bool) -> bool:
+    """Whether `addcmul` has the bits of PyTorch's BatchNorm here: both round once where a CPU has fused products."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(4, 13, 9, 11, generator=generator) * 3 + 1
+    y = y if contiguous else y.contiguous(memory_format=torch.channels_last)
+    gamma, shift = torch.randn(13, generator=generator), torch.randn(13, generator=generator)
+    out, mean, inverse = aten.native_batch_norm(y, gamma, shift, None, None, True, 0.1, 1e-5)
+    factor, constant = _affine(y, gamma, shift, mean, inverse)
+    return torch.equal(out, torch.addcmul(constant, y, factor))
+
+
+def _clip(source: Tensor, out: Tensor, chain: Chain) -> Ends | None:
+    """Write `a` to `out`; its ends where they are wanted."""
+    low = None if chain.low == -math.inf else chain.low
+    high = None if chain.high == math.inf else chain.high
+    ends = []
+    for value, target in in_blocks(source, out):
+        if low is not None or high is not None:
+            torch.clamp(value, low, high, out=target)
+        elif source is not out:
+            target.copy_(value)
+        if chain.by_ends:
+            ends.append(torch.aminmax(dense(target)))
+    if not chain.by_ends:
+        return None
+    if len(ends) == 1:
+        return ends[0]
+    return torch.stack([low for low, _ in ends]).amin(), torch.stack([high for _, high in ends]).amax()
+
+
+def _round(out: Tensor, scale: Tensor, low: Tensor | None, high: Tensor) -> None:
+    """Put `out` on the grid; no lower bound for values that are not negative, as 0 is a code of every grid."""
+    inverse = 1.0 / scale
+    for (value,) in in_blocks(out):
+        value.mul_(inverse).round_()
+        if low is not None:
+            torch.maximum(value, low, out=value)
+        torch.minimum(value, high, out=value).mul_(scale)

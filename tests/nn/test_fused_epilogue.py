@@ -1,0 +1,206 @@
+"""The fused epilogue against the same steps one by one: values, gradients, statistics and ranges, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qbench
+from qbench.errors import NumericsError
+from qbench.nn.qat import epilogue as module
+from qbench.nn.qat.layer import QatLayer
+from qbench.numerics import blocks, fused
+from qbench.observers import MinMaxObserver, PercentileObserver
+
+CHANNELS = 12
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few images each."""
+    monkeypatch.setattr(blocks, "BLOCK", 512)
+
+
+def conv_net(*after: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    second = nn.Conv2d(CHANNELS, 5, 3, bias=False)
+    return nn.Sequential(nn.Conv2d(3, CHANNELS, 3), *after, second, nn.BatchNorm2d(5))
+
+
+def prepared(model: nn.Module, **options: object) -> nn.Module:
+    images = torch.randn(2, 3, 9, 9)
+    qconfig = qbench.get_qconfig(**options)  # type: ignore[arg-type]
+    return qbench.prepare_qat(qbench.fuse(model), qconfig=qconfig, example_inputs=(images,))
+
+
+def batches(count: int = 3, memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(6, 3, 9, 9, generator=generator) * 2).contiguous(memory_format=memory_format) for _ in range(count)
+    ]
+
+
+def trained(model: nn.Module, images: list[Tensor]) -> tuple[nn.Module, list[Tensor]]:
+    """Outputs and input gradients of each step, and the model behind them."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    found = []
+    for x in images:
+        x = x.clone().requires_grad_()
+        y = model(x)
+        generator = torch.Generator().manual_seed(2)
+        y.backward(torch.randn(y.shape, generator=generator))
+        assert x.grad is not None
+        found += [y.detach(), x.grad]
+        optimizer.step()
+    return model, found
+
+
+def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qbench.nn.qat.layer.fused_epilogue", lambda *_: None)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often the fused function is called."""
+    calls: list[int] = []
+    plain = fused.normalize_clip_quantize
+
+    def counted(*args: object) -> Tensor:
+        calls.append(1)
+        return plain(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "normalize_clip_quantize", counted)
+    return calls
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for (name, value), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
+
+
+CHAINS: dict[str, Callable[[], list[nn.Module]]] = {
+    "bn": lambda: [nn.BatchNorm2d(CHANNELS)],
+    "bn, relu": lambda: [nn.BatchNorm2d(CHANNELS), nn.ReLU()],
+    "bn, relu6": lambda: [nn.BatchNorm2d(CHANNELS), nn.ReLU6()],
+    "bn, hardtanh": lambda: [nn.BatchNorm2d(CHANNELS), nn.Hardtanh(-0.5, 0.75)],
+    "bn, hardswish": lambda: [nn.BatchNorm2d(CHANNELS), nn.Hardswish()],
+    "bn without affine, relu": lambda: [nn.BatchNorm2d(CHANNELS, affine=False), nn.ReLU()],
+    "relu": lambda: [nn.ReLU()],
+    "relu6": lambda: [nn.ReLU6()],
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_same_bits_as_the_steps_one_by_one(
+    chain: str, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepared(conv_net(*CHAINS[chain]()))
+    images = batches(memory_format=memory_format)
+    calls = counting(monkeypatch)
+    one, found = trained(model, images)
+    assert len(calls) == 2 * len(images)
+    step_by_step(monkeypatch)
+    other, expected = trained(model, images)
+    assert len(calls) == 2 * len(images)
+    for value, wanted in zip(found, expected, strict=True):
+        assert torch.equal(value, wanted)
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"observer": MinMaxObserver},
+        {"observer": PercentileObserver},
+        {"activation_bits": 4, "target": "academic"},
+        {"target": "tensorrt"},
+        {"method": "lsq"},
+        {"method": "pact"},
+    ],
+    ids=str,
+)
+def test_same_bits_with_other_quantizers(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(conv_net(nn.BatchNorm2d(CHANNELS), nn.ReLU()), **options)
+    one, found = trained(model, batches())
+    step_by_step(monkeypatch)
+    other, expected = trained(model, batches())
+    assert all(map(torch.equal, found, expected))
+    assert_same(one, other)
+
+
+def test_values_outside_the_range_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(conv_net(nn.BatchNorm2d(CHANNELS), nn.ReLU()))
+    model.train()(batches()[0] * 0.01)
+    model.apply(qbench.disable_observer)
+    for quantizer in model.modules():
+        if isinstance(quantizer, qbench.fake_quantize.FakeQuantize) and not quantizer.stateless:
+            quantizer.scale.mul_(0.25)  # three quarters of the range are clipped now
+    one, found = trained(model, batches())
+    step_by_step(monkeypatch)
+    other, expected = trained(model, batches())
+    assert all(map(torch.equal, found, expected))
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize("where", ["bn", "activation_module", "output_quantizer"])
+def test_a_hook_is_called(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(conv_net(nn.BatchNorm2d(CHANNELS), nn.ReLU()))
+    layer = next(m for m in model.modules() if isinstance(m, QatLayer))
+    calls = counting(monkeypatch)
+    seen: list[str] = []
+    layer.get_submodule(where).register_forward_hook(lambda *_: seen.append(where))
+    model.train()(batches()[0])
+    assert seen == [where]
+    assert len(calls) == 1  # the other layer
+
+
+def test_an_activation_of_another_kind_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(nn.ReLU):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1
+
+    model = prepared(conv_net(nn.BatchNorm2d(CHANNELS), nn.ReLU()))
+    layer = next(m for m in model.modules() if isinstance(m, QatLayer))
+    layer.activation_module = Odd()
+    calls = counting(monkeypatch)
+    model.train()(batches()[0])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_forward_and_backward_see_the_same_value(repeats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU whose BatchNorm rounds otherwise than `addcmul`, the forward takes the values that backward will."""
+    monkeypatch.setattr(fused, "_repeats_batch_norm", lambda _: repeats)
+    torch.manual_seed(0)
+    y = torch.randn(8, CHANNELS, 7, 7)
+    gamma, shift = torch.randn(CHANNELS), torch.randn(CHANNELS)
+    statistics = fused.Statistics(torch.zeros(CHANNELS), torch.ones(CHANNELS), 0.1, 1e-5)
+    out, mean, inverse = fused._batch_norm(y, gamma, shift, statistics)
+    factor, constant = fused._affine(y, gamma, shift, mean, inverse)
+    assert torch.equal(out, torch.addcmul(constant, y, factor))
+
+
+def test_a_broken_activation_is_seen() -> None:
+    model = prepared(conv_net(nn.BatchNorm2d(CHANNELS), nn.ReLU())).train()
+    images = batches()[0]
+    images[0, 0, 0, 0] = float("nan")
+    assert bool(model(images).isnan().any())
+    with pytest.raises(NumericsError):
+        qbench.convert(model.eval(), (images,))
+
+
+def test_only_the_convolution_output_and_small_tensors_are_saved() -> None:
+    model = prepared(conv_net(nn.BatchNorm2d(CHANNELS), nn.ReLU())).train()
+    model(batches()[0])
+    layer = next(m for m in model.modules() if isinstance(m, QatLayer))
+    saved: list[Tensor] = []
+    x = batches()[0].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    large = {t.data_ptr() for t in saved if t.numel() == y.numel()}
+    assert len(large) == 1
