@@ -108,13 +108,18 @@ def shares(module: QatModule) -> bool:
     )
 
 
+def _is_alike(output: FakeQuantize, producers: Iterable[Producer]) -> bool:
+    """Whether a quantizer can become one of these."""
+    return all(isinstance(p, FakeQuantize) and (type(p), p.spec) == (type(output), output.spec) for p in producers)
+
+
 def _share(groups: Groups, module: QatModule, name: str, inputs: Mapping[int, Sequence[Producer]]) -> None:
     output = module.output_quantizer
     assert output is not None  # `shares` says so
     everything = [producer for producers in inputs.values() for producer in producers]
     grids = {groups.known(producer) for producer in everything}
     # Nothing that such an op puts out lies outside of what goes in.
-    if len(grids) == 1 and (None in grids or groups.is_alone(output)):
+    if len(grids) == 1 and (None in grids or (groups.is_alone(output) and _is_alike(output, everything))):
         groups.join([*everything, output], f"{name} needs one grid on target {module.qconfig.deployment}")
         return
     for index, producers in inputs.items():

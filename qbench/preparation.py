@@ -226,7 +226,9 @@ def _swap(
         result, lost_hooks = _make_qat(module, path, qat_type, qconfig)
         if lost_hooks:
             left.append(LeftInFloat(path, "hooks", lost_hooks))
-        quantized.append(QuantizedModule(path, type(module).__name__, qat_type.__name__, qconfig.weight_only))
+        fixed = qconfig.fixed_output(result.output_op)
+        names = type(module).__name__, qat_type.__name__
+        quantized.append(QuantizedModule(path, *names, qconfig.weight_only, fixed))
     else:
         reason = _reason_for_float(module, qat_type, qconfig)
         if reason:

@@ -17,7 +17,13 @@ from qbench.errors import ConfigError
 from qbench.fake_quantize import BiasQuantizer, FakeQuantize, check_role, find_method, find_method_of
 from qbench.fake_quantize.bias import BiasSpec
 from qbench.numerics.qparams import QSpec
-from qbench.observers import LatestMinMaxObserver, MovingAverageMinMaxObserver, Observer, find_observer
+from qbench.observers import (
+    FixedGridObserver,
+    LatestMinMaxObserver,
+    MovingAverageMinMaxObserver,
+    Observer,
+    find_observer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +125,31 @@ class QConfig:
             ConfigError: activations stay float.
         """
         return _made(self.activation).make()
+
+    def fixed_output(self, op: str) -> tuple[float, int] | None:
+        """Scale and zero point that the target demands of what an operation puts out, or None.
+
+        Args:
+            op: Name of its float class.
+        """
+        if self.weight_only:
+            return None
+        spec, own = _made(self.activation).spec, self.deployment.activation
+        fixed = self.deployment.fixed_output(op, spec.bits)
+        if fixed is None or own is None:
+            return None
+        return fixed.scale, fixed.zero_point - dataclasses.replace(own, bits=spec.bits).qmin + spec.qmin
+
+    def make_output(self, op: str) -> FakeQuantize:
+        """A new quantizer of what an operation puts out: on the grid that the target demands, where it demands one."""
+        fixed = self.fixed_output(op)
+        if fixed is None:
+            return self.make_activation()
+        spec = _made(self.activation).spec
+        middle = 0 if spec.signed else (spec.qmax + 1) // 2
+        # Whoever asks for symmetric grids where the target has others, too, still gets the one that it demands.
+        spec = dataclasses.replace(spec, symmetric=spec.symmetric and fixed[1] == middle)
+        return FakeQuantize(spec, FixedGridObserver(spec, *fixed))
 
     def make_input(self) -> FakeQuantize:
         """A new quantizer of an input that arrives in float.

@@ -85,5 +85,11 @@ def translated_grid(quantizer: SourceQuantizer, codes: Codes, spec: QSpec) -> QP
     return QParams(_scalar(scale).float(), zero, spec.qmin, spec.qmax)
 
 
+def known_grid(known: tuple[float, int], spec: QSpec) -> QParams:
+    """The grid of a quantizer that needs no data for it; per tensor."""
+    scale, zero_point = known
+    return QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), spec.qmin, spec.qmax)
+
+
 def _scalar(tensor: Tensor) -> Tensor:
     return tensor.reshape(()).clone()

@@ -237,6 +237,10 @@ class _Plan:
                 raise ConfigError(f"load_qat_checkpoint: quantizer {match.source.name}: {error}") from None
             self._ignore(match.source, str(error))
             return
+        known = quantizer.known_grid
+        if known is not None and known != (float(qparams.scale), int(qparams.zero_point)):
+            self._ignore(match.source, f"{match.place} has a grid that is known without it: scale {known[0]:.6g}")
+            return
         self.grids[quantizer] = qparams, match.source
         offset = quantizer.spec.qmin - found[0]
         for entry, key in match.source.keys.items():
@@ -278,6 +282,10 @@ class _Plan:
             for path, reads in zip(places, read, strict=True) if len(places) == len(read) else ():
                 if len(reads) == 1:
                     self._average(path, self.modules[reads[0]].output_quantizer)
+        for path, quantizer in self.at.items():
+            if quantizer not in self.grids and quantizer.known_grid is not None:
+                self.grids[quantizer] = grids.known_grid(quantizer.known_grid, quantizer.spec), None
+                self.missing.append(MissingValue(path, "has the grid that is known before any data"))
         seen: set[int] = set()
         for path, quantizer in self.at.items():
             if quantizer not in self.grids and not quantizer.observer.stateless and id(quantizer) not in seen:

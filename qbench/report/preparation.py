@@ -22,12 +22,14 @@ class QuantizedModule:
     """A module that became a QAT module: path, and the names of the float and the QAT class.
 
     `weight_only` says that its input, output and bias stay float: without an input scale a bias has no codes.
+    `output_grid` is the scale and the zero point that the target demands of its output, or None.
     """
 
     path: str
     float_type: str
     qat_type: str
     weight_only: bool = False
+    output_grid: tuple[float, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +167,11 @@ class PreparationReport:
         if not self.links_recorded:
             lines.append("links: the first forward will be recorded")
         lines += [f"override {applied}" for applied in self.overrides]
+        for found in self.quantized:
+            if found.output_grid is not None:
+                scale, zero_point = found.output_grid
+                grid = f"scale {scale:.6g}, zero point {zero_point}"
+                lines.append(f"output of {found.path or '(root)'}: {grid}, as the target demands")
         lines += [f"input {i.index} of {i.path}: quantized there, {i.reason}" for i in self.float_inputs]
         for again in self.requantized:
             lines.append(
@@ -173,8 +180,9 @@ class PreparationReport:
             )
         lines += [f"one quantizer: {', '.join(s.paths)} ({s.reason})" for s in self.shared]
         lines += [f"left in float: {f.path or '(root)'} [{f.kind}], {f.reason}" for f in self.left_in_float]
-        for found in self.float_operations:
-            way_out = f"; {found.way_out} quantizes it" if found.way_out else ""
-            lines.append(f"computed in float: {found.operator} of {', '.join(found.reads) or 'the inputs'}{way_out}")
+        for operation in self.float_operations:
+            way_out = f"; {operation.way_out} quantizes it" if operation.way_out else ""
+            of = ", ".join(operation.reads) or "the inputs"
+            lines.append(f"computed in float: {operation.operator} of {of}{way_out}")
         lines += [f"not reached: {path}" for path in self.unreached]
         return "\n".join(lines)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 from qbench.numerics.qparams import QSpec
 from qbench.report.text import WIDTH, columns
-from qbench.targets import Target
+from qbench.targets import FixedOutput, Target
 
 # Widths of the table's columns: they and the two spaces between make WIDTH.
 _COLUMNS = {"target": 11, "activation": 11, "weight": 16, "bias": 19, "requantization": 15}
@@ -93,6 +94,8 @@ def _facts(target: Target) -> Iterator[tuple[str, str]]:
     yield "fused", ", ".join(kind.__name__ for kind in target.fused_activations)
     if target.shared_ops:
         yield "one grid", f"inputs and output of {', '.join(target.shared_ops)}"
+    if target.fixed_outputs:
+        yield "fixed outputs", "; ".join(_fixed(target, fixed) for fixed in target.fixed_outputs)
     if target.layers is not None:
         yield "layers", f"only {', '.join(kind.__name__ for kind in target.layers)}"
     if target.shifts is not None:
@@ -105,6 +108,11 @@ def _facts(target: Target) -> Iterator[tuple[str, str]]:
     yield "integer program", "none" if target.arithmetic is None else "passes.fuse_qdq, bit by bit"
     yield "verified", target.verified
     yield "not verified", target.unverified
+
+
+def _fixed(target: Target, fixed: FixedOutput) -> str:
+    width = f" at {fixed.bits} bits" if len(target.widths("activation")) > 1 else ""
+    return f"{', '.join(fixed.ops)}{width}: scale {Fraction(fixed.scale)}, zero point {fixed.zero_point}"
 
 
 def _grid(spec: QSpec, widths: tuple[int, ...]) -> str:

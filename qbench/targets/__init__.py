@@ -6,7 +6,7 @@ import difflib
 
 from qbench.errors import ConfigError
 from qbench.targets.academic import ACADEMIC
-from qbench.targets.base import Target
+from qbench.targets.base import FixedOutput, Target
 from qbench.targets.esp_dl import ESP_DL, ESP_DL_P4
 from qbench.targets.neutron import NEUTRON
 from qbench.targets.onnxruntime import ONNXRUNTIME
@@ -39,7 +39,7 @@ TARGETS: tuple[Target, ...] = (
     ACADEMIC,
 )
 
-__all__ = ["TARGETS", "Target", "get", "names"]
+__all__ = ["TARGETS", "FixedOutput", "Target", "get", "names"]
 
 
 def names() -> tuple[str, ...]:

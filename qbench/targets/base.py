@@ -10,6 +10,7 @@ and `Target.check_bias` compare what is wanted with them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,26 @@ from qbench.fake_quantize.bias import BIAS_SCALES, BiasSpec
 from qbench.numerics.arithmetic import Arithmetic
 from qbench.numerics.qparams import QSpec
 from qbench.numerics.shifts import ShiftLimits
+
+#: Names of the ops whose output is a probability.
+PROBABILITIES = ("Softmax", "Softmax2d", "Softmin", "MaskedSoftmax")
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedOutput:
+    """The one grid on which a target puts out some operations.
+
+    Attributes:
+        ops: Names of their float classes.
+        scale: Of the grid.
+        zero_point: In the numbering of the target's own activation codes.
+        bits: Width of the codes that it is for; other widths are observed.
+    """
+
+    ops: tuple[str, ...]
+    scale: float
+    zero_point: int
+    bits: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +61,7 @@ class Target:
         fused_activations: Activations that are computed inside the integer op before them. Every other activation gets
             a quantizer of its own before it.
         shared_ops: Names of QAT ops whose inputs and output must lie on one grid.
+        fixed_outputs: Grids that it demands of what some operations put out.
         layers: Float layers that it computes on weight codes, wrappers that start with one included; None: all.
         accumulator_bits: Width of the signed accumulator.
         symmetric_bias: Leave out the lowest bias code.
@@ -70,6 +92,7 @@ class Target:
     bias_scales: tuple[str, ...] = ("input_weight",)
     fused_activations: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
     shared_ops: tuple[str, ...] = ("Cat",)
+    fixed_outputs: tuple[FixedOutput, ...] = ()
     layers: tuple[type[nn.Module], ...] | None = None
     accumulator_bits: int = 32
     symmetric_bias: bool = False
@@ -95,6 +118,10 @@ class Target:
     def fuses(self, activation: nn.Module | None) -> bool:
         """Whether this activation (or none) is computed inside the op before it."""
         return activation is None or isinstance(activation, self.fused_activations)
+
+    def fixed_output(self, op: str, bits: int) -> FixedOutput | None:
+        """The grid that it demands of what an operation puts out at this width; None where it demands none."""
+        return next((fixed for fixed in self.fixed_outputs if op in fixed.ops and bits == fixed.bits), None)
 
     def computes(self, layer: type[nn.Module]) -> bool:
         """Whether this float layer (the first part of a wrapper) is computed on weight codes."""
@@ -165,11 +192,28 @@ def _faults(target: Target) -> Iterator[str]:
         yield f"its bias {target.bias} is not among the widths {target.bias_bits} and scales {target.bias_scales}"
     if target.activation is None and not target.weight_only:
         yield "activation=None needs weight_only=True: otherwise nothing is quantized"
+    yield from _faults_of_outputs(target)
     grids = (target.activation, target.weight)
     if target.shifts is not None and not all(grid is not None and grid.power_of_two for grid in grids):
         yield "shift limits are for power-of-two scales: QSpec(power_of_two=True) for activation and weight"
     if target.first_last_bits is not None and target.first_last_bits not in target.widths("weight"):
         yield f"first_last_bits={target.first_last_bits} is not among {target.widths('weight')}"
+
+
+def _faults_of_outputs(target: Target) -> Iterator[str]:
+    """What its fixed grids say that cannot be."""
+    seen: set[tuple[str, int]] = set()
+    for fixed in target.fixed_outputs:
+        if target.activation is None or fixed.bits not in target.widths("activation"):
+            yield f"{fixed}: its activations have no codes of this width"
+            return
+        own = dataclasses.replace(target.activation, bits=fixed.bits)
+        if not (0.0 < fixed.scale < math.inf and own.qmin <= fixed.zero_point <= own.qmax):
+            yield f"{fixed}: expected a positive scale and a zero point among {own.qmin} … {own.qmax}"
+        named = {(op, fixed.bits) for op in fixed.ops}
+        if named & seen or not named:
+            yield f"{fixed}: expected operations that no other entry names"
+        seen |= named
 
 
 def _nearest(wanted: int, widths: tuple[int, ...]) -> int:

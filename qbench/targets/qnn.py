@@ -1,7 +1,7 @@
 """Qualcomm AI Engine Direct (QNN), as ExecuTorch's backend prepares models for it."""
 
 from qbench.numerics.qparams import QSpec
-from qbench.targets.base import Target
+from qbench.targets.base import FixedOutput, Target
 
 QNN = Target(
     name="qnn",
@@ -12,6 +12,11 @@ QNN = Target(
     weight_bits=(4, 8),
     bias_bits=(8, 32),
     bias_scales=("input_weight", "own"),
+    fixed_outputs=(
+        FixedOutput(("Sigmoid", "Hardsigmoid"), 1 / 256, 0),
+        FixedOutput(("Sigmoid", "Hardsigmoid"), 1 / 65536, 0, bits=16),
+        FixedOutput(("Tanh",), 1 / 32768, 32768, bits=16),
+    ),
     accumulator_bits=64,
     requantization="not public",
     unverified="the SDK, ExecuTorch's lowering to it and the hardware",
@@ -23,6 +28,8 @@ QNN = Target(
         "bias 8 bits at a scale of its own": "Qualcomm documentation 80-63442-10, Quantized vs Non-Quantized Models: "
         "https://docs.qualcomm.com/bundle/publicresource/80-63442-10/topics/quantized_models.md",
         "requantization": "not public",
+        "fixed outputs": "pytorch/executorch backends/qualcomm/quantizer/annotators/htp_rules.py: Sigmoid, "
+        "HardSigmoid, Tanh",
         "cat on one grid": "pytorch/executorch backends/qualcomm/quantizer/observers/concat_observer.py",
     },
 )

@@ -92,6 +92,30 @@ def test_the_grid_of_an_average_is_that_of_its_input_and_said_so() -> None:
     assert torch.equal(model.pool.output_quantizer.scale, model.join.output_quantizer.scale)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_grid_that_the_target_demands_is_not_taken_from_elsewhere(moved: bool) -> None:
+    x = images()
+    source, fused = trained(Block().train().fuse_model(), x, "onednn"), Block().train().fuse_model()
+    fused.qconfig = qbench.get_qconfig("tflite")
+    model = qbench.prepare_qat(fused, example_inputs=(x,))
+    state, key = source.state_dict(), "sigmoid.activation_post_process.scale"
+    assert float(state[key]) == 1 / 256  # torch.ao fixes it, too
+    if moved:
+        state[key] = 1.5 * state[key]
+    report = qbench.load_qat_checkpoint(model, state)
+    ignored = {found.key: found.note for found in report.ignored}.get(key, "")
+    missing = {found.path: found.note for found in report.missing}.get("sigmoid.output_quantizer", "")
+    if moved:
+        assert ignored == "sigmoid.output_quantizer has a grid that is known without it: scale 0.00390625"
+        assert missing == "has the grid that is known before any data"
+    else:
+        assert not ignored and not missing
+    quantizer = model.eval().sigmoid.output_quantizer
+    assert (float(quantizer.scale), int(quantizer.zero_point), quantizer.seen_data) == (1 / 256, -128, True)
+    with torch.no_grad():
+        assert model(x).isfinite().all()
+
+
 def test_the_loaded_model_evaluates_and_deploys_at_once() -> None:
     source, model = pair()
     x = images()

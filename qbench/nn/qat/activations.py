@@ -36,12 +36,13 @@ class Probability(ActivationOp):
     Integer runtimes know this grid alone: ONNX Runtime's QLinearSoftmax gives other codes on any other.
     """
 
-    def _add_quantizers(self, qconfig: QConfig) -> None:
-        super()._add_quantizers(qconfig)
+    def _make_output(self, qconfig: QConfig) -> FakeQuantize:
         config = qconfig.activation
-        if isinstance(config, QuantizerConfig) and not issubclass(config.observer, FixedObserver):
-            bounds = {"low": 0.0, "high": 1.0 - 2.0**-config.spec.bits}
-            self.output_quantizer = FakeQuantize(config.spec, FixedRangeObserver(config.spec, **bounds))
+        free = isinstance(config, QuantizerConfig) and not issubclass(config.observer, FixedObserver)
+        if not free or qconfig.fixed_output(self.output_op) is not None:
+            return super()._make_output(qconfig)
+        spec = config.spec  # type: ignore[union-attr]  # `free` says so
+        return FakeQuantize(spec, FixedRangeObserver(spec, low=0.0, high=1.0 - 2.0**-spec.bits))
 
 
 class CELU(ActivationOp, nn.CELU):
