@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.exactness import cases
+from benchmarks.exactness import cases, products
 from benchmarks.exactness.onnx_graphs import OnnxFile, pads
 from benchmarks.exactness.operators import Operators
 from benchmarks.exactness.results import OpResult, Tally
@@ -128,6 +128,15 @@ def _binary(file: OnnxFile, rng: np.random.Generator, op: str, broadcast: bool) 
         a, b = (codes.reshape(-1)[drawn] for codes in pairs)
     x, y = file.dequantize(file.input(a), a_grid), file.dequantize(file.input(b), b_grid)
     return Part(file.quantize(file.node(op, x, y), out), OURS.binary(op.lower(), a, a_grid, b, b_grid, out))
+
+
+def _matmul(file: OnnxFile, rng: np.random.Generator) -> Part:
+    shapes = products.SHAPES[rng.integers(len(products.SHAPES))]
+    data = products.product_data(rng, shapes, str(rng.choice(products.KINDS)))
+    out = cases.narrowed(rng, data.out) if rng.integers(8) == 0 else data.out
+    x, y = file.dequantize(file.input(data.a), data.a_grid), file.dequantize(file.input(data.b), data.b_grid)
+    expected = OURS.matmul(data.a, data.a_grid, data.b, data.b_grid, out)
+    return Part(file.quantize(file.node("MatMul", x, y), out), expected)
 
 
 def _cat(file: OnnxFile, rng: np.random.Generator) -> Part:
@@ -273,6 +282,7 @@ _TABLE: dict[str, Op] = {
     "conv2d (clamped)": Op(partial(_layer, name="conv2d", clamped=True), "QLinearConv"),
     **{f"conv_transpose{dims}d": Op(partial(_layer, name=f"conv_transpose{dims}d")) for dims in (1, 2, 3)},
     **_binaries(),
+    "matmul": Op(_matmul, "QLinearMatMul"),
     "cat": Op(_cat, "QLinearConcat"),
     "rescale": Op(_rescale, "QuantizeLinear", cases=48),
     "global_average": Op(_global_average, "QLinearGlobalAveragePool", cases=48),

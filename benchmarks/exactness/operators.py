@@ -53,6 +53,11 @@ class Operators:
         grids = (a_grid.scale, a_grid.zero_point, b, b_grid.scale, b_grid.zero_point)
         return _call(f"{name}_q8ta_q8ta_q8to", a, *grids, *out, self.target)
 
+    def matmul(self, a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, out: Grid) -> Tensor:
+        """The product of two matrices of codes; leading dims broadcast."""
+        grids = (a_grid.scale, a_grid.zero_point, b, b_grid.scale, b_grid.zero_point)
+        return _call("matmul_q8ta_q8ta_q8to", a, *grids, *out, self.target)
+
     def cat(self, parts: Sequence[Tensor], grids: Sequence[Grid], dim: int, out: Grid) -> Tensor:
         """Parts on grids of their own, along `dim`."""
         scales, zero_points = [grid.scale for grid in grids], [grid.zero_point for grid in grids]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.exactness import cases, tosa_reference
+from benchmarks.exactness import cases, products, tosa_reference
 from benchmarks.exactness.operators import Operators
 from benchmarks.exactness.results import OpResult, Tally
 from qbench.numerics.arithmetic import Grid, Window
@@ -36,7 +36,7 @@ _BINARY = ("add", "sub", "mul")
 _LAYERS = ("linear", "conv1d", "conv2d", "depthwise", "conv_transpose2d")
 _TABLES = ("hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "leaky_relu")
 _PARAMETERS = {"leaky_relu": (0.01,)}
-OPS = (*_BINARY, "rescale", "average_pool", "global_average", "max_pool2d", *_LAYERS, "relu6", *_TABLES)
+OPS = (*_BINARY, "matmul", "rescale", "average_pool", "global_average", "max_pool2d", *_LAYERS, "relu6", *_TABLES)
 
 Drawn = tuple[dict[str, Any], Tensor]
 
@@ -48,6 +48,24 @@ def _binary(rng: np.random.Generator, op: str) -> Drawn:
     a, b = cases.all_pairs()
     case = {"form": "binary", "function": op, "a": tuple(a_grid), "b": tuple(b_grid), "out": tuple(out)}
     return {**case, "inputs": [a, b]}, OURS.binary(op, a, a_grid, b, b_grid, out)
+
+
+def _matmul(rng: np.random.Generator, op: str) -> Drawn:
+    """A product whose sums TOSA defines: below 2^(shift − 1).
+
+    Of three dims: that is what the operator takes.
+    """
+    while True:
+        *_, rows, inner, columns = *products.SHAPES[rng.integers(len(products.SHAPES))][0], int(rng.integers(1, 40))
+        batch = int(rng.integers(1, 6))
+        shapes = (batch, rows, inner), (batch, inner, columns)
+        data = products.product_data(rng, shapes, str(rng.choice(products.KINDS)))
+        ratio = torch.tensor(data.a_grid.scale, dtype=torch.float64) * data.b_grid.scale / data.out.scale
+        if float(data.sums().abs().max()) < 2.0 ** min(int(multiplier_and_shift(ratio)[1]) - 1, 31):
+            break
+    case = {"form": "matmul", "a": tuple(data.a_grid), "b": tuple(data.b_grid), "out": tuple(data.out)}
+    expected = OURS.matmul(data.a, data.a_grid, data.b, data.b_grid, data.out)
+    return {**case, "inputs": [data.a, data.b]}, expected
 
 
 def _unary(form: str, source: Grid, out: Grid, codes: Tensor, **more: Any) -> dict[str, Any]:
@@ -127,6 +145,7 @@ _DRAW = {
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_LAYERS, _layer),
     **dict.fromkeys((*_TABLES, "relu6"), _table),
+    "matmul": _matmul,
     "rescale": _rescale,
     "average_pool": _average_pool,
     "global_average": _average_pool,

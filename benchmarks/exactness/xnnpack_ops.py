@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.exactness import cases
+from benchmarks.exactness import cases, products
 from benchmarks.exactness.operators import Operators
 from benchmarks.exactness.results import OpResult, Tally
 from qbench.export import to_executorch
 from qbench.export.runtimes import run_executorch
 from qbench.graph.qdq import quantized_decomposed
 from qbench.numerics.arithmetic import Grid
+from qbench.numerics.arithmetic.base import dequantize_codes
 
 TARGET = "xnnpack"
 OURS = Operators(TARGET)
@@ -220,6 +221,18 @@ def softmax_case(rng: np.random.Generator) -> Case:
     return _in_float(lambda x: torch.softmax(x, -1), cases.codes(rng, (64, 100)), source, out)
 
 
+def matmul_case(rng: np.random.Generator) -> Case:
+    """Products of two activations; there is no operator, so PyTorch's float steps stand for one."""
+    shapes = products.SHAPES[rng.integers(len(products.SHAPES))]
+    data = products.product_data(rng, shapes, str(rng.choice(products.KINDS)))
+
+    def compute(a: Tensor, b: Tensor) -> Tensor:
+        return quantize(torch.matmul(dequantize(a, data.a_grid), dequantize(b, data.b_grid)), data.out)
+
+    real = torch.matmul(dequantize_codes(data.a, data.a_grid), dequantize_codes(data.b, data.b_grid))
+    return Case(compute, (data.a, data.b), OURS.quantize(real, data.out))
+
+
 def _in_float(function: Callable[[Tensor], Tensor], codes: Tensor, source: Grid, out: Grid) -> Case:
     expected = OURS.in_float(function, codes, source, out)
     return Case(lambda x: quantize(function(dequantize(x, source)), out), (codes,), expected)
@@ -335,7 +348,7 @@ _OTHERS = {
 }
 EXACT = (*_OTHERS, *_BINARY, *_LAYERS, *_FUNCTIONS)
 #: What the delegate computes in float, or in steps that no operator has: counted, not promised.
-_IN_FLOAT = {"average_pool": average_pool_case, "softmax": softmax_case}
+_IN_FLOAT = {"average_pool": average_pool_case, "matmul": matmul_case, "softmax": softmax_case}
 OPS = (*EXACT, *_IN_FLOAT)
 
 

@@ -7,6 +7,6 @@ w weight, o output), d dynamic. Importing this package defines them, which a pro
 """
 
 # One module per family; importing it defines the family's operators.
-from qbench.ops import boundary, conv, elementwise, linear, pooling, unary, weight_only
+from qbench.ops import boundary, conv, elementwise, linear, matmul, pooling, unary, weight_only
 
-__all__ = ["boundary", "conv", "elementwise", "linear", "pooling", "unary", "weight_only"]
+__all__ = ["boundary", "conv", "elementwise", "linear", "matmul", "pooling", "unary", "weight_only"]

@@ -134,6 +134,24 @@ def channel_scale(input_scale: float, weight_scales: Tensor, trailing: int) -> T
     return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * trailing)
 
 
+def broadcast(a: Tensor, b: Tensor, trailing: int = 0) -> Sequence[Any]:
+    """The shape that the dims of `a` and `b` have together, all but the last `trailing`; sizes may be symbols.
+
+    Raises:
+        NumericsError: they do not broadcast.
+    """
+    first, second = (tensor.shape[: tensor.ndim - trailing] for tensor in (a, b))
+    if first == second:
+        return first
+    try:
+        return torch.broadcast_shapes(first, second)
+    except RuntimeError as error:
+        raise NumericsError(
+            f"a has shape {list(a.shape)} and b {list(b.shape)}; expected shapes that broadcast"
+            + (f", but for the last {trailing} dims" if trailing else "")
+        ) from error
+
+
 def empty_like_format(shape: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
     """An empty tensor of this shape (symbols while a program is traced), in the memory format of `like`.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qbench.errors import NumericsError
 from qbench.numerics.arithmetic import Grid
-from qbench.ops.arguments import input_grid, memory_format, operation, output_grid
+from qbench.ops.arguments import broadcast, input_grid, memory_format, operation, output_grid
 from qbench.ops.boundary import on_grid
 from qbench.ops.library import OUT, define
 
@@ -24,7 +24,7 @@ def _define_binary(name: str) -> None:
         a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, b_scale: float, b_zero_point: int, *out: Any
     ) -> tuple[Grid, Grid, Grid, Sequence[Any]]:
         grids = input_grid("a", a, a_scale, a_zero_point), input_grid("b", b, b_scale, b_zero_point)
-        return *grids, output_grid(*out), _broadcast(a, b)
+        return *grids, output_grid(*out), broadcast(a, b)
 
     def kernel(a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, *rest: Any) -> Tensor:
         a_grid, b_grid, out, shape = checked(a, a_scale, a_zero_point, b, *rest)
@@ -52,17 +52,6 @@ def _layout(*tensors: Tensor) -> torch.memory_format:
     formats = {memory_format(tensor) for tensor in tensors}
     alike = len(formats) == 1 and all(tensor.shape == tensors[0].shape for tensor in tensors)
     return formats.pop() if alike else torch.contiguous_format
-
-
-def _broadcast(a: Tensor, b: Tensor) -> Sequence[Any]:
-    if a.shape == b.shape:
-        return a.shape
-    try:
-        return torch.broadcast_shapes(a.shape, b.shape)
-    except RuntimeError as error:
-        raise NumericsError(
-            f"a has shape {list(a.shape)} and b {list(b.shape)}; expected shapes that broadcast"
-        ) from error
 
 
 def cat(inputs: Sequence[Tensor], scales: Sequence[float], zero_points: Sequence[int], dim: int, *out: Any) -> Tensor:

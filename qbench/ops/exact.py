@@ -131,8 +131,8 @@ def add_parts(x: Tensor, grid: Grid, axis: int, parts: list[Part], kernel: Calla
         kernel: (`x − z` of a part's channels as floats, index of the part) -> its sum, a new tensor.
     """
     if len(parts) == 1:
-        return kernel(_differences(x, grid, parts[0].dtype), 0)
-    runs = (_differences(x.narrow(axis, part.start, part.count), grid, part.dtype) for part in parts)
+        return kernel(differences(x, grid, parts[0].dtype), 0)
+    runs = (differences(x.narrow(axis, part.start, part.count), grid, part.dtype) for part in parts)
     sums = (kernel(run, index) for index, run in enumerate(runs))
     total = next(sums).to(torch.float64)
     for found in sums:
@@ -140,8 +140,8 @@ def add_parts(x: Tensor, grid: Grid, axis: int, parts: list[Part], kernel: Calla
     return total
 
 
-def _differences(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """`x − z` as floats, which hold it exactly."""
+def differences(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """`x − z` in float32 or float64, which hold it exactly; a new tensor."""
     values = codes.to(dtype)
     return values.sub_(grid.zero_point) if grid.zero_point else values
 

@@ -36,6 +36,8 @@ def calls() -> list[tuple[str, tuple[object, ...]]]:
     ]
     for name in ("add", "sub", "mul"):
         listed.append((f"{name}_q8ta_q8ta_q8to", (codes(2, 3, 4), 0.1, -4, codes(3, 1), 0.2, 5, *OUT)))
+    listed.append(("matmul_q8ta_q8ta_q8to", (codes(2, 3, 5), 0.1, -4, codes(5, 4), 0.2, 5, *OUT)))
+    listed.append(("matmul_q8ta_q8ta_q8to", (codes(2, 1, 3, 5), 0.1, -4, codes(4, 5, 3), 0.2, 5, *OUT)))
     for dims, (stride, padding, dilation, groups) in GEOMETRY.items():
         x, size = codes(2, 4, *[7] * dims), [3] * dims
         forward = (x, 0.1, -4, *layer(6, 4, *size, outputs=6), stride, padding, dilation, groups, *OUT)

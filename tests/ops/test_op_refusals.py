@@ -15,6 +15,7 @@ SCALES, BIAS = torch.rand(8) + 0.1, torch.zeros(8, dtype=torch.int32)
 SIZES = ([1, 1], [1, 1], [1, 1], 1)
 OUT = (0.5, 0, -128, 127, torch.int8, "onnxruntime")
 ops, NAN = torch.ops.qbench, float("nan")
+matmul = ops.matmul_q8ta_q8ta_q8to
 add, linear, turn = ops.add_q8ta_q8ta_q8to, ops.linear_q8ta_q8csw_q8to, ops.conv_transpose2d_q8ta_q8csw_q8to
 
 
@@ -43,6 +44,10 @@ REFUSED = {
     "output scale of nan": (lambda: conv(out=(NAN, 0, -128, 127, torch.int8, "xnnpack")), "output_scale is nan"),
     "linear of other features": (lambda: linear(X, 0.1, 0, W[..., 0, 0].clone(), SCALES, BIAS, *OUT), r"\(out, in\)"),
     "shapes that do not broadcast": (lambda: add(X, 1.0, 0, X[:, :3].clone(), 1.0, 0, *OUT), "broadcast"),
+    "factors that do not fit": (lambda: matmul(X, 1.0, 0, X[:, :, :5].clone(), 1.0, 0, *OUT), r"inner, columns\)"),
+    "a vector as a factor": (lambda: matmul(X, 1.0, 0, X[0, 0, 0].clone(), 1.0, 0, *OUT), r"inner, columns\)"),
+    "stacks that do not broadcast": (lambda: matmul(X, 1.0, 0, X[:, :3].clone(), 1.0, 0, *OUT), "last 2 dims"),
+    "a float factor": (lambda: matmul(X, 1.0, 0, X.float(), 1.0, 0, *OUT), "b has dtype torch.float32"),
     "cat of nothing": (lambda: ops.cat_q8ta_q8to([], [], [], 0, *OUT), "at least one input"),
     "cat without a scale": (lambda: ops.cat_q8ta_q8to([X, X], [1.0], [0, 0], 0, *OUT), "one scale"),
     "cat along no dim": (lambda: ops.cat_q8ta_q8to([X, X], [1.0, 1.0], [0, 0], 4, *OUT), "dim is 4"),

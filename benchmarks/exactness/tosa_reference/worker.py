@@ -110,6 +110,11 @@ def binary(case: Case, a: Tensor, b: Tensor) -> Tensor:
     return quantize(operator(dequantize(a, case["a"]), dequantize(b, case["b"])), case["out"])
 
 
+def matmul(case: Case, a: Tensor, b: Tensor) -> Tensor:
+    """A batch of products: `matmul` would become a product between views, without quantize nodes beside it."""
+    return quantize(torch.bmm(dequantize(a, case["a"]), dequantize(b, case["b"])), case["out"])
+
+
 def rescaled(codes: Tensor, case: Case) -> Tensor:
     """Codes on the grid `out`; nothing is written where that is the grid they have."""
     return codes if case["source"] == case["out"] else quantize(dequantize(codes, case["source"]), case["out"])
@@ -145,7 +150,7 @@ def max_pool(case: Case, codes: Tensor) -> Tensor:
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {
-    function.__name__: function for function in (binary, table, clamp, rescale, average_pool, max_pool)
+    function.__name__: function for function in (binary, matmul, table, clamp, rescale, average_pool, max_pool)
 }
 
 

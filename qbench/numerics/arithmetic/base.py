@@ -104,6 +104,15 @@ class Arithmetic:
     inexact: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
 
+def largest_sum(count: int, a: Grid, b: Grid) -> int:
+    """Bound of |Σ (c_a − z_a)·(c_b − z_b)| over `count` products of any codes that the dtypes of two grids hold."""
+    farthest = []
+    for grid in (a, b):
+        info = torch.iinfo(grid.dtype)
+        farthest.append(max(info.max - grid.zero_point, grid.zero_point - info.min))
+    return count * farthest[0] * farthest[1]
+
+
 def dequantize_codes(codes: Tensor, grid: Grid) -> Tensor:
     """`(c − z)·s` in float32, which every runtime computes alike: the difference is exact, the product rounds once."""
     return codes.to(torch.float32, copy=True).sub_(grid.zero_point).mul_(grid.scale)

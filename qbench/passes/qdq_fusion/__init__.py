@@ -27,6 +27,7 @@ from qbench.passes.qdq_fusion.boundary import BoundaryRule
 from qbench.passes.qdq_fusion.context import CODES_IN_FLOAT, FusionContext
 from qbench.passes.qdq_fusion.elementwise import CatRule, ElementwiseRule
 from qbench.passes.qdq_fusion.layers import ConvolutionRule, LinearRule
+from qbench.passes.qdq_fusion.matmul import MatMulRule
 from qbench.passes.qdq_fusion.pooling import AverageRule
 from qbench.passes.qdq_fusion.scalar import ScalarRule
 from qbench.passes.qdq_fusion.unary import ClampRule, UnaryRule
@@ -39,6 +40,7 @@ FUSION_RULES: tuple[Rule[FusionContext, object], ...] = (
     LinearRule(),
     DynamicLinearRule(),
     WeightOnlyLinearRule(),
+    MatMulRule(),
     ElementwiseRule(),
     ScalarRule(),
     CatRule(),
