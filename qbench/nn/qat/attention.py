@@ -2,7 +2,7 @@
 
     bias of positions    y = FQ(B)        B computed from parameters alone; deployed as its codes
 
-Products of activations are computed in float between quantized boundaries, like those of `MatMul`.
+The product of a CosineProduct is computed in float between quantized boundaries; a MatMul has an integer form.
 """
 
 from __future__ import annotations
