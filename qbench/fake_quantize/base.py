@@ -195,12 +195,14 @@ class FakeQuantize(nn.Module):
             x: What is quantized.
             ends: Its lowest and highest value, () each, where `observer.by_ends` and they are known.
         """
-        if self.training and self.observer_enabled:
-            if ends is None:
-                self._observe(x)
-            else:
-                self.set_grid(self.grid_from(self.observer.observe_ends(*ends)))
-        return self.snapshot()
+        if not (self.training and self.observer_enabled):
+            return self.snapshot()
+        if ends is None:
+            self._observe(x)
+            return self.snapshot()
+        found = self.grid_from(self.observer.observe_ends(*ends))
+        self.set_grid(found)
+        return found if self.scale.dtype == found.scale.dtype else self.snapshot()
 
     @torch.no_grad()
     def set_grid(self, qparams: QParams) -> None:

@@ -88,6 +88,19 @@ class BiasQuantizer(nn.Module):
         usable = SMALLEST_BIAS_SCALE / input_scale.detach()
         return torch.maximum(numerics.weight_scale_floor(bias, input_scale, self.spec.bits), usable)
 
+    def surely_fits(self, bias: Tensor, scale: Tensor) -> bool:
+        """Whether the weight-scale floor lies clearly below every scale, so that it need not be computed.
+
+        Only CPUs are asked, and not by compiled code: elsewhere the answer would have to be waited for.
+        """
+        if self.spec.scale != "input_weight":
+            return True
+        if type(scale) is not Tensor or scale.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        most = 0.99 * self.spec.code_limit
+        least = 2.0 * SMALLEST_BIAS_SCALE * most
+        return bool((bias.detach().abs().clamp_(min=least) <= scale.detach() * most).all())
+
     def forward(self, bias: Tensor, scale: Tensor) -> Tensor:
         """`b̂`, (out,)."""
         return fake_quantize_bias_ste(bias, scale, self.spec.bits)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qbench.numerics.blocks import dense, in_blocks
-from qbench.numerics.qparams import QParams
+from qbench.numerics.qparams import QParams, steps_from_zero
 
 aten = torch.ops.aten
 
@@ -92,10 +92,15 @@ class _NormalizeClipQuantize(torch.autograd.Function):
             out, mean, inverse = _batch_norm(y, gamma, shift, chain.statistics)
         ends = _clip(y if mean is None else out, out, chain)
         grid = chain.watch(out, ends)
-        low, high = ((code - grid.zero_point.long()).float() for code in (grid.qmin, grid.qmax))
-        _round(out, grid.scale, None if chain.low >= 0 else low, high)
+        low, high = steps_from_zero(grid.zero_point, grid.qmin, grid.qmax)
+        steps_per_unit = 1.0 / grid.scale
+        for (value,) in in_blocks(out):
+            value.mul_(steps_per_unit).round_()
+            if chain.low < 0:  # 0 is a code of every grid: what is not negative needs no lower bound
+                torch.maximum(value, low, out=value)
+            torch.minimum(value, high, out=value).mul_(grid.scale)
         ctx.chain, ctx.width = chain, grid.qmax - grid.qmin
-        ctx.save_for_backward(y, gamma, shift, mean, inverse, 1.0 / grid.scale, low)
+        ctx.save_for_backward(y, gamma, shift, mean, inverse, steps_per_unit, low)
         return out
 
     @staticmethod
@@ -178,13 +183,3 @@ def _clip(source: Tensor, out: Tensor, chain: Chain) -> Ends | None:
     if len(ends) == 1:
         return ends[0]
     return torch.stack([low for low, _ in ends]).amin(), torch.stack([high for _, high in ends]).amax()
-
-
-def _round(out: Tensor, scale: Tensor, low: Tensor | None, high: Tensor) -> None:
-    """Put `out` on the grid; no lower bound for values that are not negative, as 0 is a code of every grid."""
-    inverse = 1.0 / scale
-    for (value,) in in_blocks(out):
-        value.mul_(inverse).round_()
-        if low is not None:
-            torch.maximum(value, low, out=value)
-        torch.minimum(value, high, out=value).mul_(scale)

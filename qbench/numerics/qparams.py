@@ -21,6 +21,9 @@ from qbench.errors import ConfigError, NumericsError
 # The smallest scale that is handed out: a range of zero width (a constant tensor) still needs a usable reciprocal.
 SMALLEST_SCALE = 2.0**-100
 
+# float32 holds every integer up to here.
+_EXACT_FLOAT = 2**24
+
 
 @dataclasses.dataclass(frozen=True)
 class QSpec:
@@ -187,6 +190,13 @@ def along_axis(values: Tensor, axis: int | None, ndim: int, group_size: int | No
     return values.reshape(shape)
 
 
+def steps_from_zero(zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """`qmin − z` and `qmax − z`, float32, of the shape of the zero point."""
+    # int32 would wrap.
+    zero = zero_point.float() if qmax - qmin <= _EXACT_FLOAT else zero_point.long()
+    return (qmin - zero).float(), (qmax - zero).float()
+
+
 def in_groups(weight: Tensor, group_size: int) -> Tensor:
     """(out, in) -> (out, in/group_size, group_size).
 
@@ -226,21 +236,23 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QSpec) -> QParams:
     Returns:
         QParams whose tensors are new: changing an observer later does not change them.
     """
-    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+    low, high = low.float(), high.float()
+    half = spec.qmax if spec.signed else (spec.qmax - spec.qmin) // 2
     if spec.symmetric:
-        half = spec.qmax if spec.signed else (spec.qmax - spec.qmin) // 2
         scale = torch.maximum(-low, high) / half
-        zero_point = torch.full_like(scale, 0 if spec.signed else spec.qmin + half + 1, dtype=torch.int32)
     else:
-        scale = (high - low) / (spec.qmax - spec.qmin)
-        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        low = low.clamp(max=0.0)
+        scale = (high.clamp(min=0.0) - low) / (spec.qmax - spec.qmin)
     scale = scale.clamp(min=SMALLEST_SCALE)
     if spec.power_of_two:
         scale = next_power_of_two(scale)
-    if not spec.symmetric:
-        shift = spec.qmin - torch.round(low / scale)
-        zero_point = _to_integer(torch.nan_to_num(shift), spec.qmin, spec.qmax).to(torch.int32)
-    return QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis, spec.group_size)
+    if spec.symmetric:
+        zero_point = torch.full_like(scale, 0 if spec.signed else spec.qmin + half + 1, dtype=torch.int32)
+    else:
+        shift = torch.nan_to_num(spec.qmin - torch.round(low / scale))
+        exact = max(abs(spec.qmin), abs(spec.qmax)) <= _EXACT_FLOAT
+        zero_point = shift.clamp(spec.qmin, spec.qmax) if exact else _to_integer(shift, spec.qmin, spec.qmax)
+    return QParams(scale, zero_point.to(torch.int32), spec.qmin, spec.qmax, spec.axis, spec.group_size)
 
 
 def next_power_of_two(scale: Tensor) -> Tensor:
@@ -286,7 +298,7 @@ def inside_range(x: Tensor, qparams: QParams) -> Tensor:
 def _to_integer(codes: Tensor, qmin: int, qmax: int) -> Tensor:
     dtype = storage_dtype(qmin, qmax)
     codes = torch.nan_to_num(codes, nan=float(qmin), posinf=math.inf, neginf=-math.inf).clamp(qmin, qmax)
-    if max(abs(qmin), abs(qmax)) <= 2**24:
+    if max(abs(qmin), abs(qmax)) <= _EXACT_FLOAT:
         return codes.to(dtype)
     # float32 cannot hold 2**31 − 1: clamping there gives 2**31, which wraps. Saturate again in integers.
     return codes.to(torch.int64).clamp(qmin, qmax).to(dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qbench.numerics.bias import bias_codes, dequantize_bias
 from qbench.numerics.blocks import in_blocks
-from qbench.numerics.qparams import QParams, along_axis
+from qbench.numerics.qparams import QParams, along_axis, steps_from_zero
 
 
 class _Replace(torch.autograd.Function):
@@ -98,8 +98,7 @@ def _wide_grid(
     scale: Tensor, zero_point: Tensor, ndim: int, qmin: int, qmax: int, axis: int | None, group_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`s`, `qmin − z` and `qmax − z`, float32, shaped so that they broadcast against a tensor of `ndim` axes."""
-    zero = zero_point.long()  # int32 would wrap in qmin − z
-    values = scale, (qmin - zero).float(), (qmax - zero).float()
+    values = scale, *steps_from_zero(zero_point, qmin, qmax)
     wide_scale, low, high = (along_axis(value, axis, ndim, group_size) for value in values)
     return wide_scale, low, high
 

@@ -40,6 +40,19 @@ Rounding = Callable[[Tensor, QParams], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
+class FloorEffect:
+    """What the bias floor did to a grid.
+
+    Attributes:
+        coarsened: Factor (≥ 1) by which it raised the scale, shape of the scale.
+        silenced: Bool (out,): channels whose codes it sent to 0.
+    """
+
+    coarsened: Tensor
+    silenced: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightGrid:
     """A weight, the factor to fold into it, and the grid of the product.
 
@@ -48,16 +61,26 @@ class WeightGrid:
         factor: `k`, (out,), or None without a BatchNorm.
         layout: Where the output channels lie.
         qparams: Grid of `W_f`.
-        coarsened: Factor (≥ 1) by which the bias floor raised the scale, shape of the scale.
-        silenced: Bool (out,): channels whose codes the floor sent to 0.
+        effect: What the bias floor did; None where there is no floor, or none that is above the scale.
     """
 
     weight: Tensor
     factor: Tensor | None
     layout: WeightLayout
     qparams: QParams
-    coarsened: Tensor
-    silenced: Tensor
+    effect: FloorEffect | None
+
+    @property
+    def coarsened(self) -> Tensor:
+        """Factor (≥ 1) by which the bias floor raised the scale, shape of the scale."""
+        return torch.ones_like(self.qparams.scale.detach()) if self.effect is None else self.effect.coarsened
+
+    @property
+    def silenced(self) -> Tensor:
+        """Bool (out,): channels whose codes the bias floor sent to 0."""
+        if self.effect is not None:
+            return self.effect.silenced
+        return torch.zeros(self.layout.out_channels(self.weight), dtype=torch.bool, device=self.weight.device)
 
     def codes(self) -> Tensor:
         """Integer codes of `W_f`."""
@@ -100,7 +123,7 @@ class MovingGrid(WeightGrid):
         """`Ŵ`, with the gradient to `W` and `k`."""
         scale = self.qparams.spread(self.qparams.scale, self.weight)
         with torch.no_grad():
-            value = self._float_codes() * scale
+            value = self._float_codes().mul_(scale)
         if self.rounding is None:
             return straight_through(self.folded_float(), value)
         unfolded = self.unfolded()
@@ -113,12 +136,12 @@ class MovingGrid(WeightGrid):
         if self.rounding is not None:
             return self.rounding(self.weight, dataclasses.replace(self.qparams, scale=self.step))
         with torch.no_grad():
-            value = self._unsigned_codes() * self.qparams.spread(self.step, self.weight)
+            value = self._unsigned_codes().mul_(self.qparams.spread(self.step, self.weight))
         return straight_through(self.weight, value)
 
     def _unsigned_codes(self) -> Tensor:
         inverse = self.qparams.spread(1.0 / self.step.detach(), self.weight)
-        return torch.round(self.weight.detach().float() * inverse).clamp_(self.qparams.qmin, self.qparams.qmax)
+        return (self.weight.detach().float() * inverse).round_().clamp_(self.qparams.qmin, self.qparams.qmax)
 
     def _float_codes(self) -> Tensor:
         codes = self._unsigned_codes()
@@ -173,28 +196,31 @@ def moving_grid(
         floor: Smallest `s_w`, (out,), or None.
         rounding: Values and gradient of a quantizer that clips or learns; None where it does neither.
     """
+    if floor is None:
+        step = own.scale if factor is None else own.scale.clamp(max=LARGEST_STEP)
+        size = None if factor is None else factor.detach().float().abs()
+        if size is not None and own.group_size is not None:
+            size = size[:, None]  # (out,) -> (out, 1)
+        scale = step if size is None else (size * step).clamp(min=SMALLEST_SCALE)
+        return MovingGrid(weight, factor, layout, dataclasses.replace(own, scale=scale), None, step, rounding)
     # Of a range that clips nothing, the scale says how large the weights are.
     largest = own.scale * own.qmax if rounding is None else _largest(weight, own)
     if factor is None:
-        step = own.scale if floor is None else torch.maximum(own.scale, floor)
+        step = torch.maximum(own.scale, floor)
         scale, live = step, torch.ones_like(step, dtype=torch.bool)
     else:
         size = factor.detach().float().abs()
-        size = size if own.group_size is None else size[:, None]  # (out,) -> (out, 1)
         live = size > 0
-        least = torch.zeros_like(size) if floor is None else floor
-        step = torch.maximum(own.scale, torch.where(live, least / torch.where(live, size, 1.0), 0.0))
+        step = torch.maximum(own.scale, torch.where(live, floor / torch.where(live, size, 1.0), 0.0))
         step = step.clamp(max=LARGEST_STEP)
         # Where |k| is next to nothing, floor/|k| would overflow: the codes are 0 as for k = 0, the scale is the floor.
-        scale = torch.where(live & (step < LARGEST_STEP), size * step, least).clamp(min=SMALLEST_SCALE)
+        scale = torch.where(live & (step < LARGEST_STEP), size * step, floor).clamp(min=SMALLEST_SCALE)
     # A channel of zeros has no codes to coarsen, however high the floor.
     with torch.no_grad():
         raised = (step > own.scale) & (own.scale > SMALLEST_SCALE)
         silenced = live & raised & (largest > 0) & (largest * (1.0 / step) <= 0.5)
-        silenced = silenced if own.group_size is None else silenced.any(1)  # (out, in/group_size) -> (out,)
-        coarsened = torch.where(raised, step / own.scale, 1.0)
-    qparams = dataclasses.replace(own, scale=scale)
-    return MovingGrid(weight, factor, layout, qparams, coarsened, silenced, step, rounding)
+        effect = FloorEffect(torch.where(raised, step / own.scale, 1.0), silenced)
+    return MovingGrid(weight, factor, layout, dataclasses.replace(own, scale=scale), effect, step, rounding)
 
 
 def folded_grid(
@@ -222,15 +248,14 @@ def folded_grid(
     found = choose(folded)
     scale = found.scale
     if floor is None:
-        nothing = torch.zeros(layout.out_channels(weight), dtype=torch.bool, device=weight.device)
-        return FoldedGrid(weight, factor, layout, found, torch.ones_like(scale.detach()), nothing, rounding)
+        return FoldedGrid(weight, factor, layout, found, None, rounding)
     least = floor.amax() if scale.ndim == 0 else layout.reduce_max(floor)
     scale = torch.maximum(scale, next_power_of_two(least.clamp(min=SMALLEST_SCALE)) if power_of_two else least)
     qparams = dataclasses.replace(found, scale=scale)
     raised = (scale > found.scale) & (found.scale > SMALLEST_SCALE)
     coarsened = torch.where(raised, scale.detach() / found.scale.detach(), 1.0)
-    silenced = _silenced_channels(folded, qparams, layout, raised)
-    return FoldedGrid(weight, factor, layout, qparams, coarsened, silenced, rounding)
+    effect = FloorEffect(coarsened, _silenced_channels(folded, qparams, layout, raised))
+    return FoldedGrid(weight, factor, layout, qparams, effect, rounding)
 
 
 def _largest(weight: Tensor, own: QParams) -> Tensor:

@@ -47,9 +47,7 @@ def fused_epilogue(
         quantizer: Quantizer behind it: observes, then quantizes with the range that includes this batch.
     """
     bounds = _bounds(activation)
-    if quantizer is None or bounds is None or torch.compiler.is_compiling():
-        return None
-    if y.device.type != "cpu" or y.dtype != torch.float32 or y.numel() == 0 or not quantizer.rounds_plainly:
+    if quantizer is None or bounds is None or not _is_plain(y) or not quantizer.rounds_plainly:
         return None
     chain = Chain(None, *bounds, quantizer.observer.by_ends, quantizer.watch)
     if bn is None:
@@ -61,6 +59,12 @@ def fused_epilogue(
         bn.holder._check_input_dim(y)
         chain = Chain(bn.count(), *bounds, quantizer.observer.by_ends, quantizer.watch)
         return note_producer(normalize_clip_quantize(y, bn.holder.weight, bn.shift, chain), quantizer)
+
+
+def _is_plain(y: Tensor) -> bool:
+    """Whether values are there to be computed with at once: float32 on a CPU, neither fake nor compiled."""
+    eager = type(y) is Tensor and not torch.compiler.is_compiling()
+    return eager and y.device.type == "cpu" and y.dtype == torch.float32 and y.numel() > 0
 
 
 def _bounds(activation: nn.Module | None) -> tuple[float, float] | None:

@@ -187,7 +187,7 @@ class QatLayer(QatModule):
         error = None if scale is None or self.bias_quantizer is None else self.bias_quantizer(bias, scale) - bias
         weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else grid.weight
         y = self.linear(x, weight.to(grid.weight.dtype), self.linear_bias, *args)
-        silenced = grid.silenced if scale is not None else None
+        silenced = None if grid.effect is None else grid.effect.silenced
         bn = TrainingBatchNorm(self.batch_norm, self.batch_norm_type, error, silenced, self.channel_axis)
         return self._epilogue(y, bn)
 
@@ -228,11 +228,15 @@ class QatLayer(QatModule):
             folded = fold_bias(bias, bn, factor)
         else:
             folded = weight.new_zeros(self.layout().out_channels(weight)) if bias is None else bias
-        input_scale = self._input_scale()
-        if input_scale is None or self.bias_quantizer is None:
+        input_scale, quantizer = self._input_scale(), self.bias_quantizer
+        if input_scale is None or quantizer is None:
             return self._weight_grid(weight, factor, None), folded, None
-        grid = self._weight_grid(weight, factor, self.bias_quantizer.weight_scale_floor(folded, input_scale))
-        return grid, folded, self.bias_quantizer.scale(folded, input_scale, grid.channel_scale())
+        grid = self._weight_grid(weight, factor, None)
+        scale = quantizer.scale(folded, input_scale, grid.channel_scale())
+        if not quantizer.surely_fits(folded, scale):
+            grid = self._weight_grid(weight, factor, quantizer.weight_scale_floor(folded, input_scale))
+            scale = quantizer.scale(folded, input_scale, grid.channel_scale())
+        return grid, folded, scale
 
     def _weight_grid(self, weight: Tensor, factor: Tensor | None, floor: Tensor | None) -> WeightGrid:
         quantizer, layout = self.weight_quantizer, self.layout()
