@@ -1,0 +1,201 @@
+"""Time and saved memory of a training step: every form of a network over its float twin, in one process, interleaved.
+
+    step        zero_grad → forward → cross entropy → backward → SGD, on random images of a fixed size
+    time        median over the rounds of (time of the form / time of float in the same round), with its quartiles
+    saved       bytes of distinct storages that autograd saves for backward, without parameters, buffers and images;
+                over those of float
+
+    python -m benchmarks.speed.train_step --models resnet18 mobilenet_v2 --sizes 8x128 16x224 --json train_step.json
+
+In every round each form takes one step, so that what disturbs the machine disturbs them alike. A form that cannot be
+made is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.speed.variants import FORMS, float_network, made
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Trainer:
+    """A network and what a step of it needs.
+
+    Args:
+        model: In training mode.
+        images: (batch, 3, px, px).
+        labels: (batch,).
+        amp: Whether the forward runs under autocast.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, amp: bool) -> None:
+        self.model, self.images, self.labels, self.amp = model, images, labels, amp
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def loss(self) -> Tensor:
+        """One forward."""
+        self.optimizer.zero_grad(set_to_none=True)
+        kind = self.images.device.type
+        with torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16, enabled=self.amp):
+            logits = self.model(self.images)
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            return nn.functional.cross_entropy(logits, self.labels)
+
+    def step(self) -> None:
+        """One step."""
+        self.loss().backward()
+        self.optimizer.step()
+
+    def seconds(self) -> float:
+        """Time of one step."""
+        _wait(self.images)
+        started = time.perf_counter()
+        self.step()
+        _wait(self.images)
+        return time.perf_counter() - started
+
+    def saved_bytes(self) -> int:
+        """What autograd saves for backward."""
+        owned = [*self.model.parameters(), *self.model.buffers(), self.images, self.labels]
+        known = {tensor.untyped_storage().data_ptr() for tensor in owned}
+        found: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self.loss()
+        total = sum(found.values())
+        loss.backward()
+        return total
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def trainers(name: str, forms: list[str], setting: Setting) -> tuple[dict[str, Trainer], dict[str, str]]:
+    """The forms that can be made and have taken two steps, and why the others cannot."""
+    torch.manual_seed(0)
+    model = float_network(name).to(setting.device)
+    layout = LAYOUTS[setting.layout]
+    shape = (setting.batch, 3, setting.px, setting.px)
+    images = torch.randn(shape, device=setting.device).contiguous(memory_format=layout)
+    labels = torch.randint(0, 1000, (setting.batch,), device=setting.device)
+    found, refused = {}, {}
+    for form in forms:
+        try:
+            trainer = Trainer(made(FORMS[form], name, model, (images,), layout), images, labels, setting.amp)
+            trainer.step()
+            trainer.step()
+        except Exception as error:  # a peer may raise anything
+            refused[form] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            found[form] = trainer
+    return found, refused
+
+
+class Setting(argparse.Namespace):
+    """What the networks are run with."""
+
+    batch: int
+    px: int
+    layout: str
+    amp: bool
+    device: str
+
+
+def measure(name: str, forms: list[str], setting: Setting, rounds: int) -> Iterator[dict[str, Any]]:
+    """One row a form."""
+    found, refused = trainers(name, forms, setting)
+    times: dict[str, list[float]] = {form: [] for form in found}
+    for _ in range(rounds):
+        for form, trainer in found.items():
+            times[form].append(trainer.seconds())
+    saved = {form: trainer.saved_bytes() for form, trainer in found.items() if "compiled" not in form}
+    for form in forms:
+        row = {"model": name, "form": form, **vars(setting)}
+        if form in refused:
+            yield {**row, "refused": refused[form]}
+            continue
+        ratios = [own / base for own, base in zip(times[form], times["float"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        row |= {"seconds": statistics.median(times[form]), "ratio": middle, "quartiles": [low, high]}
+        if form in saved:
+            row |= {"saved_mib": saved[form] / 2**20, "saved_ratio": saved[form] / saved["float"]}
+        yield row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| network | batch × px | layout | form | step over float | quartiles | saved over float |"]
+    lines.append("| --- | --- | --- | --- | --: | --: | --: |")
+    for row in rows:
+        size = f"{row['batch']} × {row['px']}" + (", AMP" if row["amp"] else "")
+        head = f"| {row['model']} | {size} | {row['layout']} | {row['form']} |"
+        if "refused" in row:
+            lines.append(f"{head} – | {row['refused']} | – |".replace("\n", " "))
+            continue
+        low, high = row["quartiles"]
+        saved = f"{row['saved_ratio']:.2f}" if "saved_ratio" in row else "–"
+        lines.append(f"{head} {row['ratio']:.2f} | {low:.2f}–{high:.2f} | {saved} |")
+    return "\n".join(lines)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were made on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
+
+
+def main(report: Callable[[str], None] = print) -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0"])
+    parser.add_argument("--sizes", nargs="+", default=["8x128", "16x224"], metavar="BATCHxPX")
+    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--amp", action="store_true")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    forms = ["float", *(form for form in options.forms if form != "float")]
+    rows = []
+    for name in options.models:
+        for size in options.sizes:
+            batch, px = map(int, size.split("x"))
+            for layout in options.layouts:
+                setting = Setting(batch=batch, px=px, layout=layout, amp=options.amp, device=options.device)
+                with contextlib.suppress(KeyboardInterrupt):
+                    for row in measure(name, forms, setting, options.rounds):
+                        rows.append(row)
+                        report(table([row]).splitlines()[-1])
+                torch.compiler.reset()
+    report("\n" + table(rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"machine": machine(options.device), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
