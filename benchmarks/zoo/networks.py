@@ -6,9 +6,12 @@ weights is made for. Weights are random, as no machine of the project reaches th
 
 from __future__ import annotations
 
+import functools
+import operator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qbench._torchvision import import_torchvision
@@ -36,43 +39,42 @@ _DETECTION_SIZE = 320
 _SEGMENTATION_SIZE = 224
 
 
-class Whole(nn.Module):
-    """A model whose outputs are a dict: its main output alone, auxiliary heads run in training only.
+class Outputs(nn.Module):
+    """A model, and every tensor that it puts out in one tuple.
+
+    A forward that asks a value of a traced model for its type or its keys cannot be traced, so both are found out
+    before, with one image.
 
     Args:
-        model: A segmentation model.
+        parts: Modules, each called with what the one before puts out: a tensor, or a list of tensors.
+        size: Of the image to try, in pixels.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, parts: list[nn.Module], size: int) -> None:
         super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(batch, 3, high, wide) -> (batch, classes, high, wide)."""
-        found = self.model(images)
-        return (found["out"], found["aux"]) if self.training and "aux" in found else (found["out"],)
-
-
-class Parts(nn.Module):
-    """The backbone of a detector and, behind it, a head.
-
-    Args:
-        backbone: Images -> features by name.
-        head: List of features -> lists or dicts of tensors; None for the features themselves.
-    """
-
-    def __init__(self, backbone: nn.Module, head: nn.Module | None) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
+        self.parts = nn.ModuleList(parts)
+        self.places: list[list[tuple[Any, ...]]] = []
+        given: Any = torch.zeros(1, 3, size, size)
+        for part in parts:
+            with torch.no_grad():
+                found = part.eval()(given)
+            part.train()
+            paths = torch.utils._pytree.tree_flatten_with_path(found)[0]
+            self.places.append([tuple(_index(key) for key in path) for path, _ in paths])
+            given = [leaf for _, leaf in paths]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(batch, 3, high, wide) -> every tensor of the last part."""
-        features = self.backbone(images)
-        features = [features] if isinstance(features, Tensor) else list(features.values())
-        found: Any = features if self.head is None else self.head(features)
-        if isinstance(found, dict):
-            return tuple(found.values())
-        return tuple(tensor for part in found for tensor in (part if isinstance(part, list) else [part]))
+        given: Any = images
+        for part, places in zip(self.parts, self.places, strict=True):
+            found = part(given)
+            given = [functools.reduce(operator.getitem, place, found) for place in places]
+        return tuple(given)
+
+
+def _index(key: Any) -> Any:
+    """What one step of a path into a nested output is indexed with."""
+    return key.key if hasattr(key, "key") else key.idx
 
 
 def names() -> list[str]:
@@ -85,19 +87,16 @@ def build(name: str) -> tuple[nn.Module, int]:
     """A float model with random weights, and its input size in pixels."""
     models = import_torchvision().models
     if "/" in name:
-        return _detector_part(models, *name.split("/")), _SIZES.get(name.split("/")[0], _DETECTION_SIZE)
+        detector, _, parts = name.partition("/")
+        size = _SIZES.get(detector, _DETECTION_SIZE)
+        model = models.get_model(detector, weights=None, weights_backbone=None)
+        return Outputs([model.get_submodule(part) for part in parts.split("+")], size), size
     if name in SEGMENTATION:
         model = models.get_model(name, weights=None, weights_backbone=None, aux_loss="lraspp" not in name or None)
-        return Whole(model), _SEGMENTATION_SIZE
+        return Outputs([model], _SEGMENTATION_SIZE), _SEGMENTATION_SIZE
     options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     size = min(_crop(weights.transforms) for weights in models.get_model_weights(name))
     return models.get_model(name, weights=None, **options), size
-
-
-def _detector_part(models: Any, name: str, part: str) -> nn.Module:
-    detector = models.get_model(name, weights=None, weights_backbone=None)
-    _, _, head = part.partition("+")
-    return Parts(detector.backbone, detector.get_submodule(head) if head else None)
 
 
 def _crop(transforms: partial[Any]) -> int:
