@@ -6,11 +6,15 @@ demands) cannot become another: where it meets others, the consumer puts its inp
     meet at an input            one quantizer, or, with a known grid among them, a quantizer of the consumer's input
     around a shared op          one quantizer, and inputs with a known grid are put on it
     all on the same known grid  that one
+
+One forward uses such a quantizer several times, as it does one of a module that is called again. What an observer is
+told is the sum over all places, of each the most calls of one forward: branches of control flow count as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from qbench.fake_quantize import FakeQuantize
@@ -34,6 +38,8 @@ class FloatSource:
 
 Producer = FakeQuantize | FloatSource
 Seen = Mapping[QatModule, Mapping[int, Iterable[Producer]]]
+#: Where a quantizer is called: a quantizer that exists, or the input, by module and position, that may get one.
+Place = FakeQuantize | tuple[QatModule, int]
 
 
 class Groups:
@@ -99,6 +105,27 @@ def group(names: Mapping[QatModule, str], seen: Seen) -> Groups:
         if shares(module):
             _share(groups, module, names[module], {index: list(found) for index, found in inputs.items()})
     return groups
+
+
+def total_uses(calls: Mapping[Place, int], groups: Groups) -> Counter[FakeQuantize]:
+    """How many tensors a forward shows each quantizer.
+
+    Args:
+        calls: The most calls of each place that one forward made.
+        groups: What became one; modules are connected already.
+    """
+    uses: Counter[FakeQuantize] = Counter()
+    for place, count in calls.items():
+        if isinstance(place, FakeQuantize):
+            root = groups.find(place)
+            uses[root if isinstance(root, FakeQuantize) else place] += count
+            continue
+        module, index = place
+        if str(index) in module.input_quantizers:
+            own = module.input_quantizers[str(index)]
+            assert isinstance(own, FakeQuantize)  # `connect` was given nothing else
+            uses[own] += count
+    return uses
 
 
 def shares(module: QatModule) -> bool:

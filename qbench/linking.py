@@ -4,7 +4,7 @@ A tensor that a quantizer puts out is followed through operators that keep its g
 Producers that meet at one input — branches of Python control flow, pyramid levels, the inputs of a concat — become one
 shared quantizer, because hardware has one `s_in` there: see `qbench.grouping`. An input that no quantizer produced gets
 a quantizer at its consumer. Modules that quantize their weight only take any input as it comes and put out float: they
-have no links.
+have no links. Calls are counted, so that an observer knows how many tensors a forward shows it.
 
 Three traps: a tensor must be kept alive by the key that stands for it (ids are reused), so keys are weak tensor
 references; a tag is void when the tensor was written to since (`_version`), or writes through a view would give wrong
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,9 +28,10 @@ from qbench.errors import LinkError
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.switches import switched_off
 from qbench.graph.scale_preserving import is_scale_joining, is_scale_preserving
-from qbench.grouping import FloatSource, Groups, Producer, group, shares
+from qbench.grouping import FloatSource, Groups, Place, Producer, group, shares, total_uses
 from qbench.modes import evaluating, modes_kept
 from qbench.nn.qat.body import QatModule
+from qbench.observers import MovingAverageMinMaxObserver
 from qbench.qconfig import QuantizerConfig
 from qbench.report.preparation import FloatInput, FloatOperation, RequantizedInput, SharedQuantizer
 
@@ -44,10 +46,12 @@ class Links:
         seen: The producers at each input of each module.
         float_operations: Operators outside QAT modules that compute on real values, with the modules that these come
             from: none where they come from the model's inputs alone.
+        uses: The most calls of each place that one forward made.
     """
 
     seen: dict[QatModule, dict[int, dict[Producer, None]]] = dataclasses.field(default_factory=dict)
     float_operations: dict[tuple[str, tuple[str, ...]], None] = dataclasses.field(default_factory=dict)
+    uses: Counter[Place] = dataclasses.field(default_factory=Counter)
 
     def add(self, module: QatModule, index: int, producer: Producer) -> None:
         """Note one producer at one input."""
@@ -80,6 +84,7 @@ def link(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]
                 for args, kwargs in calls:
                     _record(model, modules.values(), late, args, kwargs)
             links.seen.update({module: late.seen[module] for module in missing if module in late.seen})
+            links.uses |= late.uses
     return _connect(model, modules, links)
 
 
@@ -205,6 +210,10 @@ def _record(
     recorder = _Recorder(links, any(map(_has_links, modules)))
     tensors = (*model.named_parameters(), *model.named_buffers())
     stored = {id(tensor): name for name, tensor in tensors}
+    uses: Counter[Place] = Counter()
+
+    def count(quantizer: Any, inputs: tuple[Any, ...]) -> None:
+        uses[quantizer] += 1
 
     def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         recorder.depth += 1
@@ -215,6 +224,7 @@ def _record(
             name = stored.get(id(tensor))
             source = FloatSource("stored", name) if name else FloatSource("input")
             links.add(module, index, recorder.producer_or_source(tensor, source))
+            uses[module, index] += 1
 
     def leave(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         recorder.depth -= 1
@@ -230,9 +240,12 @@ def _record(
             stack.callback(module.register_forward_hook(leave, prepend=True).remove)
             if module.output_quantizer is not None:
                 stack.callback(module.output_quantizer.register_forward_hook(after).remove)
+        for quantizer in (m for m in model.modules() if isinstance(m, FakeQuantize)):
+            stack.callback(quantizer.register_forward_pre_hook(count).remove)
         recorder.enter((args, kwargs))
         stack.enter_context(recorder)
         model(*args, **kwargs)
+    links.uses |= uses  # the larger count of each
 
 
 def _has_links(module: QatModule) -> bool:
@@ -291,6 +304,10 @@ def _connect(model: nn.Module, modules: dict[str, QatModule], links: Links) -> L
                 float_inputs.append(FloatInput(names[module], index, lost[0].origin, lost[0].name))
         module.connect(tuple(sources), tuple(owned), tuple(again))
     shared = _merge(modules, groups, members)
+    for quantizer, uses in total_uses(links.uses, groups).items():
+        observer = quantizer.observer
+        if isinstance(observer, MovingAverageMinMaxObserver) and not observer.stateless:
+            observer.expect(uses)
     label_quantizers(model)
     unreached = tuple(name for name, module in modules.items() if module not in links.seen and _has_links(module))
     return LinkResult(tuple(float_inputs), tuple(_float_operations(links)), shared, unreached, tuple(requantized))
