@@ -168,10 +168,12 @@ def _global_average(file: OnnxFile, rng: np.random.Generator) -> Part:
     return Part(file.quantize(file.node("GlobalAveragePool", x), out), OURS.global_average(codes, grid, out))
 
 
-def _softmax(file: OnnxFile, rng: np.random.Generator) -> Part:
+def _softmax(file: OnnxFile, rng: np.random.Generator, probabilities: bool) -> Part:
+    """Rows of 100, or rows of attention on the grid of probabilities, for which there is a kernel of its own."""
     grid = cases.grid(rng, of_scale=cases.float32(2.0 ** rng.uniform(-6, -3)))
-    out = Grid(cases.float32(2.0 ** rng.uniform(-10, -8)), -128, -128, 127)
-    codes = cases.codes(rng, (64, 100))
+    scale = 2.0**-8 if probabilities else cases.float32(2.0 ** rng.uniform(-10, -8))
+    out = Grid(scale, -128, -128, 127)
+    codes = cases.codes(rng, (64, int(rng.choice([2, 49, 64, 197])) if probabilities else 100))
     found = file.node("Softmax", file.dequantize(file.input(codes), grid), axis=-1)
     return Part(file.quantize(found, out), OURS.in_float(lambda x: torch.softmax(x, -1), codes, grid, out))
 
@@ -288,9 +290,10 @@ _TABLE: dict[str, Op] = {
     "global_average": Op(_global_average, "QLinearGlobalAveragePool", cases=48),
     "average_pool": Op(_average_pool, "QLinearAveragePool"),
     "max_pool": Op(_max_pool, "MaxPool"),
-    "softmax": Op(_softmax, cases=48),
+    "softmax": Op(partial(_softmax, probabilities=False), cases=48),
+    "softmax (probabilities)": Op(partial(_softmax, probabilities=True), "QLinearSoftmax", cases=48),
     **_functions(),
 }
 OPS = tuple(_TABLE)
 #: All but those that ONNX Runtime computes in float sums or with an exponential of its own: counted, not promised.
-EXACT = tuple(op for op in OPS if op != "softmax" and not op.startswith("conv_transpose"))
+EXACT = tuple(op for op in OPS if not op.startswith(("softmax", "conv_transpose")))
