@@ -128,6 +128,10 @@ class RReLU(ActivationOp, nn.RReLU):
 
     float_type = nn.RReLU
 
+    def deployed_float(self) -> nn.Module:
+        """See `QatOp.deployed_float`: runtimes know no RReLU, and without training it is a LeakyReLU, to the bit."""
+        return nn.LeakyReLU((self.lower + self.upper) / 2).train(self.training)
+
 
 class ReLU6(ActivationOp, nn.ReLU6):
     """ReLU6 with a quantized output."""

@@ -219,6 +219,10 @@ class QatOp(QatModule):
         super().__init__(*args, **kwargs)
         self._add_quantizers(qconfig)
 
+    def deployed_float(self) -> nn.Module:
+        """The float module that the deployed program computes between the grids; here that of `to_float`."""
+        return self.to_float()
+
     def forward(self, *inputs: Any) -> Tensor:
         """The float operation on inputs that lie on their grids, put on the output's grid.
 

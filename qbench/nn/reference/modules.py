@@ -77,7 +77,7 @@ class ReferenceOp(ReferenceModule, FunctionalCalls):
     def __init__(self, qat: QatOp) -> None:
         super().__init__()
         # A copy: a program that shared the parameters would train on with the model.
-        self.op = copy.deepcopy(qat.to_float()).requires_grad_(False)
+        self.op = copy.deepcopy(qat.deployed_float()).requires_grad_(False)
         self.data_tensors = type(qat).data_tensors
         self._add_grids(qat)
 
