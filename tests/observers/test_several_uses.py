@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qbench.errors import NumericsError
+from qbench.fake_quantize import FakeQuantize
 from qbench.numerics.qparams import QSpec
 from qbench.observers import (
     MovingAverageMinMaxObserver,
@@ -188,9 +189,11 @@ class TestState:
         for x in tensors(count):
             one(x)
         twins = [copy.deepcopy(one), pickle.loads(pickle.dumps(one))]
-        if axis is None:  # a quantizer makes room for channels, see tests/nn/test_state.py
-            twins.append(observer(3))
-            twins[-1].load_state_dict(one.state_dict())
+        spec = QSpec(bits=8, axis=axis)
+        saved = FakeQuantize(spec, copy.deepcopy(one)).state_dict()
+        loaded = FakeQuantize(spec, observer(3, axis=axis))  # it makes room for channels
+        loaded.load_state_dict(saved, strict=True)
+        twins.append(loaded.observer)
         for x in tensors(5):
             wanted = one(x * 1.5)
             assert all(torch.equal(twin(x * 1.5).scale, wanted.scale) for twin in twins)
