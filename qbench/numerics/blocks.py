@@ -19,6 +19,12 @@ from torch import Tensor
 BLOCK = 1 << 16
 
 
+def has_blocks(x: Tensor) -> bool:
+    """Whether values are there to be computed with at once: float32 on a CPU, neither fake nor compiled."""
+    eager = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return eager and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+
+
 def in_blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, cut alike along the first axis of `first`.
 
@@ -40,6 +46,19 @@ def in_blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     for start in range(0, rows, step):
         part = slice(start, start + step)
         yield first[part], *(other[part] if inside else other for other, inside in zip(others, cut, strict=True))
+
+
+class Scratch:
+    """Room for one block, made once and used for all."""
+
+    def __init__(self) -> None:
+        self._room: Tensor | None = None
+
+    def like(self, block: Tensor) -> Tensor:
+        """A tensor of the shape, layout and dtype of a block, which holds anything; the first block is the largest."""
+        if self._room is None:
+            self._room = torch.empty_like(block)
+        return self._room if self._room.shape == block.shape else self._room[: len(block)]
 
 
 def dense(x: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qbench.numerics.blocks import dense, in_blocks
+from qbench.numerics.blocks import Scratch, dense, in_blocks
 from qbench.numerics.qparams import QParams, steps_from_zero
+from qbench.numerics.straight_through import round_masked
 
 aten = torch.ops.aten
 
@@ -52,46 +53,57 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """What to do with the output of a convolution.
+    """What to do with `v`.
 
     Attributes:
-        statistics: Of BatchNorm; None without it.
         low: Lower bound of the activation; −inf where it has none.
         high: Upper bound of the activation; inf where it has none.
         by_ends: Whether `watch` finds the grid from the two ends of a tensor.
         watch: Observes a tensor, (its ends where `by_ends`), and answers with the grid per tensor.
     """
 
-    statistics: Statistics | None
     low: float
     high: float
     by_ends: bool
     watch: Callable[[Tensor, Ends | None], QParams]
 
 
-def normalize_clip_quantize(y: Tensor, gamma: Tensor | None, shift: Tensor | None, chain: Chain) -> Tensor:
+def normalize_clip_quantize(
+    y: Tensor, gamma: Tensor | None, shift: Tensor | None, statistics: Statistics, chain: Chain
+) -> Tensor:
     """The function above: float32 on a CPU, not compiled.
 
     Args:
         y: (batch, channels, …), float32.
         gamma: `γ`, (channels,), or None for ones.
         shift: `β + e`, (channels,), or None for zeros.
-        chain: The rest.
+        statistics: What BatchNorm updates.
+        chain: What follows it.
     """
-    out: Tensor = _NormalizeClipQuantize.apply(y, gamma, shift, chain)
+    out: Tensor = _NormalizeClipQuantize.apply(y, gamma, shift, statistics, chain)
+    return out
+
+
+def clip_quantize(v: Tensor, chain: Chain) -> Tensor:
+    """The same without BatchNorm, in place: `v` is what an operator put out that does not need it any more.
+
+    One byte a value is saved: whether the gradient passes.
+
+    Args:
+        v: float32, any shape, not a view.
+        chain: What to do.
+    """
+    out: Tensor = _ClipQuantize.apply(v, chain)
     return out
 
 
 class _NormalizeClipQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gamma: Tensor | None, shift: Tensor | None, chain: Chain) -> Tensor:
-        mean = inverse = None
-        if chain.statistics is None:
-            out = torch.empty_like(y)
-        else:
-            out, mean, inverse = _batch_norm(y, gamma, shift, chain.statistics)
-        ends = _clip(y if mean is None else out, out, chain)
-        grid = chain.watch(out, ends)
+    def forward(
+        ctx: Any, y: Tensor, gamma: Tensor | None, shift: Tensor | None, statistics: Statistics, chain: Chain
+    ) -> Tensor:
+        out, mean, inverse = _batch_norm(y, gamma, shift, statistics)
+        grid = chain.watch(out, _clip(out, chain))
         low, high = steps_from_zero(grid.zero_point, grid.qmin, grid.qmax)
         steps_per_unit = 1.0 / grid.scale
         for (value,) in in_blocks(out):
@@ -99,7 +111,7 @@ class _NormalizeClipQuantize(torch.autograd.Function):
             if chain.low < 0:  # 0 is a code of every grid: what is not negative needs no lower bound
                 torch.maximum(value, low, out=value)
             torch.minimum(value, high, out=value).mul_(grid.scale)
-        ctx.chain, ctx.width = chain, grid.qmax - grid.qmin
+        ctx.chain, ctx.eps, ctx.width = chain, statistics.eps, grid.qmax - grid.qmin
         ctx.save_for_backward(y, gamma, shift, mean, inverse, steps_per_unit, low)
         return out
 
@@ -108,16 +120,10 @@ class _NormalizeClipQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, gamma, shift, mean, inverse, steps_per_unit, low = ctx.saved_tensors
         chain: Chain = ctx.chain
-        factor = None if mean is None else _affine(y, gamma, shift, mean, inverse)
-        inside = torch.empty_like(y)
-        scratch = None
+        factor, constant = _affine(y, gamma, shift, mean, inverse)
+        inside, room = torch.empty_like(y), Scratch()
         for source, given, target in in_blocks(y, grads[0], inside):
-            scratch = torch.empty_like(source) if scratch is None else scratch
-            value = scratch[: len(source)]
-            if factor is None:
-                value.copy_(source)
-            else:
-                torch.addcmul(factor[1], source, factor[0], out=value)
+            value = torch.addcmul(constant, source, factor, out=room.like(source))
             # A value that the activation cuts is moved out of every grid: one mask then serves both.
             if chain.low > -math.inf:
                 aten.threshold_(value, chain.low, -math.inf)
@@ -125,12 +131,26 @@ class _NormalizeClipQuantize(torch.autograd.Function):
                 aten.threshold_(value.neg_(), -chain.high, -math.inf).neg_()
             value.mul_(steps_per_unit).round_().sub_(low)
             aten.hardtanh_backward(given, value, -0.5, ctx.width + 0.5, grad_input=target)
-        if chain.statistics is None:
-            return inside, None, None, None
         wanted = [ctx.needs_input_grad[0], gamma is not None, shift is not None]
-        eps = chain.statistics.eps
-        found = aten.native_batch_norm_backward(inside, y, gamma, None, None, mean, inverse, True, eps, wanted)
-        return (*found, None)
+        found = aten.native_batch_norm_backward(inside, y, gamma, None, None, mean, inverse, True, ctx.eps, wanted)
+        return (*found, None, None)
+
+
+class _ClipQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, chain: Chain) -> Tensor:
+        ctx.mark_dirty(v)
+        grid = chain.watch(v, _clip(v, chain))
+        low, high = steps_from_zero(grid.zero_point, grid.qmin, grid.qmax)
+        mask = torch.empty_like(v, dtype=torch.int8)
+        round_masked(v, v, mask, grid.scale, low, high, grid.qmax - grid.qmin, (chain.low, chain.high))
+        ctx.save_for_backward(mask)
+        return v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.saved_tensors[0], None
 
 
 def _batch_norm(
@@ -166,18 +186,16 @@ def _repeats_batch_norm(contiguous: bool) -> bool:
     return torch.equal(out, torch.addcmul(constant, y, factor))
 
 
-def _clip(source: Tensor, out: Tensor, chain: Chain) -> Ends | None:
-    """Write `a` to `out`; its ends where they are wanted."""
+def _clip(out: Tensor, chain: Chain) -> Ends | None:
+    """Make `a` of `v` in place; its ends where they are wanted."""
     low = None if chain.low == -math.inf else chain.low
     high = None if chain.high == math.inf else chain.high
     ends = []
-    for value, target in in_blocks(source, out):
+    for (value,) in in_blocks(out):
         if low is not None or high is not None:
-            torch.clamp(value, low, high, out=target)
-        elif source is not out:
-            target.copy_(value)
+            value.clamp_(low, high)
         if chain.by_ends:
-            ends.append(torch.aminmax(dense(target)))
+            ends.append(torch.aminmax(dense(value)))
     if not chain.by_ends:
         return None
     if len(ends) == 1:

@@ -13,13 +13,14 @@ not the bits: the sum rounds once more.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qbench.numerics.bias import bias_codes, dequantize_bias
-from qbench.numerics.blocks import in_blocks
+from qbench.numerics.blocks import Scratch, has_blocks, in_blocks
 from qbench.numerics.qparams import QParams, along_axis, steps_from_zero
 
 
@@ -56,7 +57,7 @@ def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves x and the (fresh) scale and zero point: observing again in the same step changes neither."""
+    """Saves a mask of one byte a value, or x and the (fresh) scale and zero point: observing again changes neither."""
 
     @staticmethod
     def forward(
@@ -69,12 +70,22 @@ class _FakeQuantize(torch.autograd.Function):
         axis: int | None,
         group_size: int | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, zero_point)
         ctx.bounds = (qmin, qmax, axis, group_size)
-        return round_to_grid(x, *_wide_grid(scale, zero_point, x.ndim, *ctx.bounds))
+        grid = _wide_grid(scale, zero_point, x.ndim, *ctx.bounds)
+        plain = ctx.needs_input_grad[:3] == (True, False, False) and scale.ndim == 0
+        ctx.masked = plain and has_blocks(x) and qmax - qmin < EXACT_STEPS
+        if ctx.masked:
+            out, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
+            round_masked(x, out, mask, *grid, qmax - qmin)
+            ctx.save_for_backward(mask)
+            return out
+        ctx.save_for_backward(x, scale, zero_point)
+        return round_to_grid(x, *grid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.masked:
+            return grads[0] * ctx.saved_tensors[0], *[None] * 6
         x, scale, zero_point = ctx.saved_tensors
         qmin, qmax, axis, group_size = ctx.bounds
         wide_scale, low, high = _wide_grid(scale, zero_point, x.ndim, *ctx.bounds)
@@ -127,6 +138,41 @@ def round_to_grid(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor
     return result
 
 
+def round_masked(
+    x: Tensor,
+    out: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    high: Tensor,
+    width: int,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> None:
+    """`round_to_grid`, float32 on a CPU, with a note of where its gradient is 1.
+
+    Args:
+        x: float32, any shape.
+        out: Like `x`, or `x` itself: becomes the result.
+        mask: int8, like `x`: becomes 1 where `x` lies inside the grid and strictly between the bounds, else 0.
+        scale: `s`, ().
+        low: `qmin − z`, ().
+        high: `qmax − z`, ().
+        width: `qmax − qmin`.
+        bounds: Of an activation that made `x`: where it clipped, there is no gradient.
+    """
+    inverse = 1.0 / scale
+    ones, passed, above = torch.ones_like(next(in_blocks(x))[0]), Scratch(), Scratch()
+    for source, target, inside in in_blocks(x, out, mask):
+        # The one op that masks in one pass wants bounds that are numbers: steps are counted from `low`.
+        flags, given = passed.like(source), ones if ones.shape == source.shape else ones[: len(source)]
+        if bounds != (-math.inf, math.inf):
+            given = torch.ops.aten.hardtanh_backward(given, source, *bounds, grad_input=flags)
+        torch.mul(source, inverse, out=target).round_()
+        shifted = torch.sub(target, low, out=above.like(source))
+        inside.copy_(torch.ops.aten.hardtanh_backward(given, shifted, -0.5, width + 0.5, grad_input=flags))
+        torch.minimum(torch.maximum(target, low, out=target), high, out=target).mul_(scale)
+
+
 def grad_inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, width: int) -> Tensor:
     """The gradient of `round_to_grid` to `x`: `grad` where `low ≤ rne(x · (1/s)) ≤ low + width`, else 0.
 
@@ -138,20 +184,18 @@ def grad_inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, width: int)
         width: `qmax − qmin`.
     """
     inverse = 1.0 / scale
-    if torch.compiler.is_compiling() or x.dtype != torch.float32 or width >= _EXACT_STEPS:
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or width >= EXACT_STEPS:
         steps = (x.float() * inverse).round()
         return torch.where((steps >= low) & (steps <= low + width), grad, 0.0).to(grad.dtype)
-    result, scratch = torch.empty_like(x), None
+    result, room = torch.empty_like(x), Scratch()
     for source, given, target, step, least in in_blocks(x, grad, result, inverse, low):
-        scratch = torch.empty_like(source) if scratch is None else scratch
-        above = torch.mul(source, step, out=scratch[: len(source)] if source.ndim else scratch).round_().sub_(least)
-        # The one op that masks a gradient in one pass wants bounds that are numbers: steps are counted from `low`.
+        above = torch.mul(source, step, out=room.like(source)).round_().sub_(least)
         torch.ops.aten.hardtanh_backward(given, above, -0.5, width + 0.5, grad_input=target)
     return result
 
 
 #: Differences of steps below this are exact in float32.
-_EXACT_STEPS = 1 << 23
+EXACT_STEPS = 1 << 23
 
 
 def sum_by_scale(values: Tensor, axis: int | None, group_size: int | None) -> Tensor:

@@ -232,8 +232,11 @@ class QatOp(QatModule):
         if not tensors:
             plain: Tensor = self.float_type.forward(self, *inputs)
             return plain
-        y = self.float_type.forward(self, *replaced(inputs, tensors, self.quantized_inputs(tensors)))
-        return epilogue(y, self.output_quantizer)
+        return self.quantized_output(*replaced(inputs, tensors, self.quantized_inputs(tensors)))
+
+    def quantized_output(self, *inputs: Any) -> Tensor:
+        """The float operation, put on the output's grid."""
+        return epilogue(self.float_type.forward(self, *inputs), self.output_quantizer)
 
 
 def replaced(inputs: Iterable[Any], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Any]:

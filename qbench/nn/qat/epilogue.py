@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.base import is_hooked
 from qbench.fake_quantize.producers import note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
-from qbench.numerics.fused import Chain, normalize_clip_quantize
+from qbench.numerics.blocks import has_blocks
+from qbench.numerics.fused import Chain, clip_quantize, normalize_clip_quantize
 
 Step = Callable[[Tensor], Tensor]
 
@@ -36,38 +36,32 @@ def epilogue(y: Tensor, *steps: Step | None) -> Tensor:
 
 
 def fused_epilogue(
-    y: Tensor, bn: TrainingBatchNorm | None, activation: nn.Module | None, quantizer: FakeQuantize | None
+    y: Tensor,
+    bn: TrainingBatchNorm | None,
+    bounds: tuple[float, float] | None,
+    quantizer: FakeQuantize | None,
 ) -> Tensor | None:
-    """`epilogue(y, bn, activation, quantizer)` from one function; None where there is none for these.
+    """BatchNorm, an activation that clamps, and the quantizer behind it from one function; None where there is none.
 
     Args:
-        y: Output of the linear part, (batch, out, …), float32 on a CPU.
+        y: Output of the linear part, (batch, out, …), that nothing else needs: without BatchNorm it is written to.
         bn: BatchNorm over the batch's own statistics.
-        activation: The activation.
-        quantizer: Quantizer behind it: observes, then quantizes with the range that includes this batch.
+        bounds: Of the activation; None where it is of another form.
+        quantizer: Observes, then quantizes with the range that includes this batch.
     """
-    bounds = _bounds(activation)
-    if quantizer is None or bounds is None or not _is_plain(y) or not quantizer.rounds_plainly:
+    if quantizer is None or bounds is None or not has_blocks(y) or not quantizer.rounds_plainly:
         return None
-    chain = Chain(None, *bounds, quantizer.observer.by_ends, quantizer.watch)
+    chain = Chain(*bounds, quantizer.observer.by_ends, quantizer.watch)
     if bn is None:
-        # A quantizer alone saves what it reads, as this would, and has one pass less.
-        return None if activation is None else note_producer(normalize_clip_quantize(y, None, None, chain), quantizer)
+        return None if y._is_view() else note_producer(clip_quantize(y, chain), quantizer)
     if not bn.plain(y) or y.numel() == y.shape[1]:  # one value per channel: PyTorch refuses, in its own words
         return None
     with bn.keeping_silenced():
         bn.holder._check_input_dim(y)
-        chain = Chain(bn.count(), *bounds, quantizer.observer.by_ends, quantizer.watch)
-        return note_producer(normalize_clip_quantize(y, bn.holder.weight, bn.shift, chain), quantizer)
+        return note_producer(normalize_clip_quantize(y, bn.holder.weight, bn.shift, bn.count(), chain), quantizer)
 
 
-def _is_plain(y: Tensor) -> bool:
-    """Whether values are there to be computed with at once: float32 on a CPU, neither fake nor compiled."""
-    eager = type(y) is Tensor and not torch.compiler.is_compiling()
-    return eager and y.device.type == "cpu" and y.dtype == torch.float32 and y.numel() > 0
-
-
-def _bounds(activation: nn.Module | None) -> tuple[float, float] | None:
+def bounds_of(activation: nn.Module | None) -> tuple[float, float] | None:
     """Where an activation cuts: `clamp(x, low, high)`; None where it is not of that form, or somebody watches it."""
     if activation is None:
         return -math.inf, math.inf

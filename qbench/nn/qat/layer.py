@@ -22,7 +22,7 @@ from qbench.nn.intrinsic.fused import Fused, as_types
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
-from qbench.nn.qat.epilogue import epilogue, fused_epilogue
+from qbench.nn.qat.epilogue import bounds_of, epilogue, fused_epilogue
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
 from qbench.numerics.qparams import in_groups
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
@@ -201,8 +201,8 @@ class QatLayer(QatModule):
     def _fused_epilogue(self, y: Tensor, bn: TrainingBatchNorm | None) -> Tensor | None:
         """The same values from one function, where there is one for these steps; else None."""
         if self.pre_activation_quantizer is None:
-            return fused_epilogue(y, bn, self.activation_module, self.output_quantizer)
-        before = fused_epilogue(y, bn, None, self.pre_activation_quantizer)
+            return fused_epilogue(y, bn, bounds_of(self.activation_module), self.output_quantizer)
+        before = fused_epilogue(y, bn, bounds_of(None), self.pre_activation_quantizer)
         return None if before is None else epilogue(before, self.activation_module, self.output_quantizer)
 
     def _uses_batch_statistics(self) -> bool:

@@ -18,6 +18,7 @@ from qbench.nn.qat.kinds import (
     ConvTranspose3dKind,
     LinearLayerKind,
 )
+from qbench.nn.qat.sums import Sum
 
 
 class Conv1d(Conv1dKind):
@@ -98,22 +99,24 @@ class FrozenBatchNorm3d(BatchNorm3dKind):
     float_type = linear_type = frozen.FrozenBatchNorm3d
 
 
-class Add(QatOp, ops.Add):
+class Add(Sum, ops.Add):
     """Add with a quantized output."""
 
-    float_type = ops.Add
+    float_type = sum_type = ops.Add
 
 
-class AddReLU(QatOp, ops.AddReLU):
+class AddReLU(Sum, ops.AddReLU):
     """AddReLU with a quantized output."""
 
     float_type = ops.AddReLU
+    sum_type = ops.Add
+    rectified = True
 
 
-class Sub(QatOp, ops.Sub):
+class Sub(Sum, ops.Sub):
     """Sub with a quantized output."""
 
-    float_type = ops.Sub
+    float_type = sum_type = ops.Sub
 
 
 class Mul(QatOp, ops.Mul):

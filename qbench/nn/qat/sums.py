@@ -1,0 +1,28 @@
+"""Sums of activations: no backward needs their result, so it is rectified and quantized where it lies."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from qbench.nn import ops
+from qbench.nn.qat.body import QatOp
+from qbench.nn.qat.epilogue import epilogue, fused_epilogue
+
+
+class Sum(QatOp):
+    """Base of QAT sums and differences."""
+
+    sum_type: ClassVar[type[ops.Operation]]
+    rectified: ClassVar[bool] = False
+
+    def quantized_output(self, *inputs: Any) -> Tensor:
+        """See `QatOp.quantized_output`."""
+        y: Tensor = self.sum_type.forward(self, *inputs)
+        fused = fused_epilogue(y, None, (0.0 if self.rectified else -math.inf, math.inf), self.output_quantizer)
+        if fused is not None:
+            return fused
+        return epilogue(y, F.relu if self.rectified else None, self.output_quantizer)
