@@ -22,11 +22,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.variants import FORMS, float_network, made
+from qbench.numerics import saved_codes
+from qbench.numerics.saved_codes import Coded, encode
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -79,7 +82,15 @@ class Trainer:
                 found[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        def encoded(*args: Any) -> Coded | None:
+            coded = encode(*args)
+            if coded is not None:
+                note(coded.codes)
+            return coded
+
+        # Of hooks that are nested, PyTorch calls the inner ones alone: what they keep is counted where it is made.
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with mock.patch.object(saved_codes, "encode", encoded), hooks:
             loss = self.loss()
         total = sum(found.values())
         loss.backward()

@@ -45,6 +45,11 @@ def qbench_plain(name: str, model: nn.Module, images: Images) -> nn.Module:
     return qbench.prepare_qat(qbench.fuse(model), qconfig=qbench.get_qconfig(), example_inputs=images).train()
 
 
+def qbench_low_memory(name: str, model: nn.Module, images: Images) -> nn.Module:
+    """The same, saving codes for backward."""
+    return qbench_plain(name, model, images).apply(qbench.enable_low_memory)
+
+
 def qbench_lsq(name: str, model: nn.Module, images: Images) -> nn.Module:
     """The same with learned scales."""
     qconfig = qbench.get_qconfig(method="lsq")
@@ -113,6 +118,7 @@ FORMS: dict[str, Form] = {
     "float": eager,
     "float compiled": compiled,
     "qbench plain": qbench_plain,
+    "qbench low memory": qbench_low_memory,
     "qbench lsq": qbench_lsq,
     "qbench compiled": qbench_compiled,
     "torch.ao": torch_ao,

@@ -94,6 +94,10 @@ class WeightGrid:
         """`Ŵ/k`, with the gradient to `W`: what is convolved where BN normalises with the batch's statistics."""
         raise NotImplementedError
 
+    def unfolded_qparams(self) -> QParams | None:
+        """Grid of `unfolded()`, or None where it lies on none."""
+        return self.qparams if self.factor is None else None
+
     def channel_scale(self) -> Tensor:
         """`s_w` for each output channel, (out,) or () per tensor."""
         return self.layout.per_channel(self.qparams.scale)
@@ -134,10 +138,14 @@ class MovingGrid(WeightGrid):
     def unfolded(self) -> Tensor:
         """`Ŵ/k`, with the gradient to `W`."""
         if self.rounding is not None:
-            return self.rounding(self.weight, dataclasses.replace(self.qparams, scale=self.step))
+            return self.rounding(self.weight, self.unfolded_qparams())
         with torch.no_grad():
             value = self._unsigned_codes().mul_(self.qparams.spread(self.step, self.weight))
         return straight_through(self.weight, value)
+
+    def unfolded_qparams(self) -> QParams:
+        """Grid of `unfolded()`."""
+        return dataclasses.replace(self.qparams, scale=self.step)
 
     def _unsigned_codes(self) -> Tensor:
         inverse = self.qparams.spread(1.0 / self.step.detach(), self.weight)

@@ -40,7 +40,7 @@ from qbench.nn.qat.attention import (
 from qbench.nn.qat.body import QatModule, QatOp
 from qbench.nn.qat.codes import ParameterCodes
 from qbench.nn.qat.embedding import Embedding, EmbeddingBag
-from qbench.nn.qat.layer import QatLayer, freeze_bn_stats, update_bn_stats
+from qbench.nn.qat.layer import QatLayer
 from qbench.nn.qat.layers import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -89,6 +89,7 @@ from qbench.nn.qat.norms import (
     NormalizeLayer,
     RMSNorm,
 )
+from qbench.nn.qat.switches import disable_low_memory, enable_low_memory, freeze_bn_stats, update_bn_stats
 
 __all__ = [
     "AdaptiveAvgPool1d",
@@ -174,6 +175,8 @@ __all__ = [
     "Threshold",
     "Upsample",
     "UpsamplingBilinear2d",
+    "disable_low_memory",
+    "enable_low_memory",
     "freeze_bn_stats",
     "update_bn_stats",
 ]

@@ -9,6 +9,7 @@ in one call where BN is folded: a separate add gives other bits. See docs/equati
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -24,7 +25,8 @@ from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
 from qbench.nn.qat.epilogue import bounds_of, epilogue, fused_epilogue
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
-from qbench.numerics.qparams import in_groups
+from qbench.numerics.qparams import QParams, in_groups
+from qbench.numerics.saved_codes import SavingCodes
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
 from qbench.qconfig import QConfig
 
@@ -40,11 +42,13 @@ class QatLayer(QatModule):
         bn: The BatchNorm, or None.
         bn_frozen: Whether training normalises with the running statistics.
         channel_axis: Axis of the output that holds its channels, from the end.
+        low_memory: Whether input and weight are saved for backward as codes: see `enable_low_memory`.
     """
 
     linear_type: ClassVar[type[nn.Module]]
     activation: ClassVar[type[nn.Module] | None] = None
     channel_axis: ClassVar[int]
+    low_memory = False
 
     weight: Tensor
     bias: Tensor | None
@@ -173,7 +177,16 @@ class QatLayer(QatModule):
         weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid.folded_float()
         bias = self._deployed_bias(folded, scale)
         dtype = self.linear_weight.dtype
-        return self.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype), *args)
+        with self._saving(x, weight, grid.qparams):
+            return self.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype), *args)
+
+    def _saving(self, x: Tensor, weight: Tensor, qparams: QParams | None) -> contextlib.AbstractContextManager[Any]:
+        """What the linear part saves for backward: its input and weight as codes where `low_memory` asks for it."""
+        if not (self.low_memory and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        source = self._sources[0] if self._sources else None
+        grid = source.snapshot() if source is not None and source.active else None
+        return SavingCodes((x, grid), (weight, qparams if self.weight_quantizer.fake_quant_enabled else None))
 
     def _deployed_bias(self, folded: Tensor, scale: Tensor | None) -> Tensor | None:
         """`b̂`, or `b_f` without a scale for it; None where activations stay float and the layer has no bias."""
@@ -186,7 +199,8 @@ class QatLayer(QatModule):
         grid, bias, scale = self.quantized_parameters(detach=True)
         error = None if scale is None or self.bias_quantizer is None else self.bias_quantizer(bias, scale) - bias
         weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else grid.weight
-        y = self.linear(x, weight.to(grid.weight.dtype), self.linear_bias, *args)
+        with self._saving(x, weight, grid.unfolded_qparams()):
+            y = self.linear(x, weight.to(grid.weight.dtype), self.linear_bias, *args)
         silenced = None if grid.effect is None else grid.effect.silenced
         bn = TrainingBatchNorm(self.batch_norm, self.batch_norm_type, error, silenced, self.channel_axis)
         return self._epilogue(y, bn)
@@ -332,17 +346,3 @@ def _detached(bn: BatchNormTensors) -> BatchNormTensors:
         bn.var,
         bn.eps,
     )
-
-
-def freeze_bn_stats(module: nn.Module) -> None:
-    """Normalise with the running statistics from now on: `model.apply(qbench.freeze_bn_stats)`."""
-    if isinstance(module, QatLayer):
-        module.bn_frozen = True
-        module.train(module.training)
-
-
-def update_bn_stats(module: nn.Module) -> None:
-    """Normalise with the batch's statistics again, in training mode."""
-    if isinstance(module, QatLayer):
-        module.bn_frozen = False
-        module.train(module.training)

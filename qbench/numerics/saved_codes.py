@@ -1,0 +1,97 @@
+"""Tensors on a grid, kept for backward as their codes: one byte a value in place of four, and not a bit lost.
+
+    saved       c = rne(x·(1/s)) + z                 int8 or uint8
+    in backward x = (c − z)·s                        the product that `x` was made by, so the same bits
+
+A tensor is kept so only where that was seen to hold: its codes are computed, turned back and compared. A quantizer that
+moved on since `x` was made, or values that lie on no grid, are kept as they are. (A zero that was −0 comes back as +0:
+no sum of products can tell.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.numerics.blocks import Scratch, has_blocks, in_blocks
+from qbench.numerics.qparams import QParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """A tensor as codes.
+
+    Attributes:
+        codes: int8 or uint8, of its shape and layout.
+        scale: `s`, broadcasting against it.
+        zero: `z`, float32, likewise; None for 0.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def value(self) -> Tensor:
+        """The tensor."""
+        found = torch.empty_like(self.codes, dtype=torch.float32)
+        others = [self.codes, self.scale, *([] if self.zero is None else [self.zero])]
+        for target, codes, scale, *zero in in_blocks(found, *others):
+            target.copy_(codes)
+            for offset in zero:
+                target.sub_(offset)
+            target.mul_(scale)
+        return found
+
+
+def encode(x: Tensor, qparams: QParams) -> Coded | None:
+    """`x` as codes of a grid of 8 bits or fewer; None where they do not give `x` again, or nothing can be looked at."""
+    if not has_blocks(x) or qparams.dtype not in (torch.int8, torch.uint8) or qparams.group_size is not None:
+        return None
+    # int8 holds what uint8 does, 128 lower: copying to it is vectorised.
+    shift = 128 if qparams.dtype is torch.uint8 else 0
+    scale = qparams.spread(qparams.scale.detach(), x)
+    zero = qparams.spread(qparams.zero_point.float() - shift, x)
+    codes, inverse, room = torch.empty_like(x, dtype=torch.int8), 1.0 / scale, Scratch()
+    for source, stored, *grid in in_blocks(x, codes, inverse, scale, zero):
+        step, size, offset = grid
+        value = torch.mul(source, step, out=room.like(source)).round_()
+        stored.copy_(value.add_(offset))
+        if not torch.equal(value.copy_(stored).sub_(offset).mul_(size), source):
+            return None
+    return Coded(codes, scale, zero)
+
+
+class SavingCodes(torch.autograd.graph.saved_tensors_hooks):
+    """While it is entered, what autograd saves of the given tensors, or of views of them, is saved as codes.
+
+    Args:
+        tensors: float32 tensors and the grids that they lie on.
+    """
+
+    def __init__(self, *tensors: tuple[Tensor, QParams | None]) -> None:
+        self._known = {tensor.data_ptr(): (tensor, qparams) for tensor, qparams in tensors if qparams is not None}
+        self._coded: dict[int, Coded | None] = {}
+        super().__init__(self._pack, _unpack)
+
+    def _pack(self, saved: Tensor) -> Any:
+        tensor, qparams = self._known.get(saved.data_ptr(), (None, None))
+        if tensor is None or qparams is None or tensor.numel() != saved.numel() or tensor.dtype != saved.dtype:
+            return saved
+        key = saved.data_ptr()
+        if key not in self._coded:
+            self._coded[key] = encode(tensor.detach(), qparams)
+        coded = self._coded[key]
+        if coded is None or coded.codes.stride() != tensor.stride():  # with gaps between its values, or expanded
+            return saved
+        return coded, saved.shape, saved.stride()
+
+
+def _unpack(saved: Any) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
+    coded, shape, strides = saved
+    value: Tensor = coded.value()
+    return value if (value.shape, value.stride()) == (shape, strides) else value.as_strided(shape, strides)

@@ -1,0 +1,167 @@
+"""What is saved for backward as codes: the same gradients, bit for bit, from a quarter of the bytes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qbench
+from qbench.nn.qat.layer import QatLayer
+from qbench.numerics import blocks, saved_codes
+from qbench.numerics.qparams import QParams
+from qbench.numerics.saved_codes import Coded, SavingCodes, encode
+
+from .support import CASES, Case, batch, make_layer
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+
+
+def gradients(layer: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
+    """The output, the gradients of input and parameters, and the bytes of distinct storages that were saved."""
+    layer = copy.deepcopy(layer)
+    x = x.clone().requires_grad_()
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def encoded(*args: Any) -> Coded | None:
+        coded = encode(*args)
+        if coded is not None:
+            note(coded.codes)
+        return coded
+
+    # Of hooks that are nested, PyTorch calls the inner ones alone: what they keep is counted where it is made.
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with mock.patch.object(saved_codes, "encode", encoded), hooks:
+        y = layer(x)
+    torch.manual_seed(3)
+    y.backward(torch.randn(y.shape))
+    found = [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
+    return [tensor for tensor in found if tensor is not None], sum(saved.values())
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_same_gradients(case: Case, frozen: bool) -> None:
+    layer, _ = make_layer(case)
+    layer.train()
+    if frozen:
+        layer.apply(qbench.freeze_bn_stats)
+    x = batch(case.shape, seed=5)
+    expected, _ = gradients(layer, x)
+    layer.apply(qbench.enable_low_memory)
+    found, _ = gradients(layer, x)
+    assert len(found) == len(expected) > 2
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("options", [{"weight_bits": 4}, {"method": "lsq"}, {"target": "tensorrt"}], ids=str)
+def test_same_gradients_with_other_quantizers(options: dict[str, object]) -> None:
+    case = next(case for case in CASES if case.name == "conv bias bn")
+    layer, _ = make_layer(case, **options)
+    layer.train()
+    x = batch(case.shape, seed=5)
+    expected, _ = gradients(layer, x)
+    layer.apply(qbench.enable_low_memory)
+    found, _ = gradients(layer, x)
+    assert all(map(torch.equal, found, expected))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(part for _ in range(4) for part in (nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.body(x)
+        return found
+
+
+def test_saved_bytes_of_a_network() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 16, 40, 40)
+    model = qbench.prepare_qat(qbench.fuse(Net()), qconfig=qbench.get_qconfig(), example_inputs=(x,)).train()
+    model(x)
+    expected, plain = gradients(model, x)
+    model.apply(qbench.enable_low_memory)
+    found, small = gradients(model, x)
+    assert all(map(torch.equal, found, expected))
+    float_model = Net().train()
+    _, in_float = gradients(float_model, x)
+    assert plain < 1.05 * in_float
+    assert small < 0.75 * in_float
+    model.apply(qbench.disable_low_memory)
+    assert gradients(model, x)[1] == plain
+
+
+def test_switches_reach_every_layer_and_do_not_reach_the_float_model() -> None:
+    model = qbench.prepare_qat(
+        qbench.fuse(Net()), qconfig=qbench.get_qconfig(), example_inputs=(torch.randn(2, 16, 12, 12),)
+    )
+    model.apply(qbench.enable_low_memory)
+    layers = [m for m in model.modules() if isinstance(m, QatLayer)]
+    assert layers and all(layer.low_memory for layer in layers)
+    assert all(layer.low_memory for layer in copy.deepcopy(model).modules() if isinstance(layer, QatLayer))
+    assert not hasattr(layers[0].to_float()[0], "low_memory")
+    model.apply(qbench.disable_low_memory)
+    assert not any(layer.low_memory for layer in layers)
+
+
+def grid(scale: float, zero_point: int) -> QParams:
+    return QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), 0, 255)
+
+
+def test_codes_are_the_value() -> None:
+    qparams = grid(0.0371, 131)
+    x = (torch.arange(256).float() - 131).reshape(4, 64) * qparams.scale
+    coded = encode(x, qparams)
+    assert coded is not None
+    assert coded.codes.dtype == torch.int8
+    assert torch.equal(coded.value(), x)
+
+
+@pytest.mark.parametrize(
+    "moved", [grid(0.05, 131), grid(0.0371, 0)], ids=["a scale that moved on", "a zero point that moved on"]
+)
+def test_what_lies_on_another_grid_is_kept_as_it_is(moved: QParams) -> None:
+    x = (torch.arange(256).float() - 131).reshape(4, 64) * torch.tensor(0.0371)
+    assert encode(x, moved) is None
+
+
+def test_views_and_transposes_of_what_is_known_are_saved_as_codes() -> None:
+    torch.manual_seed(0)
+    qparams = grid(0.5, 100)
+    x = (torch.randint(-100, 155, (2, 3, 8)).float() * 0.5).requires_grad_()
+    weight = (torch.randint(-100, 155, (5, 8)).float() * 0.5).requires_grad_()
+    expected = torch.autograd.grad(nn.functional.linear(x, weight).square().sum(), (x, weight))
+    kept: list[object] = []
+    saving = SavingCodes((x, qparams), (weight, qparams))
+    pack = saving.pack_hook
+    saving.pack_hook = lambda tensor: kept.append(found := pack(tensor)) or found
+    with saving:
+        y = nn.functional.linear(x, weight)
+    found = torch.autograd.grad(y.square().sum(), (x, weight))
+    assert all(map(torch.equal, found, expected))
+    assert kept and not any(isinstance(value, Tensor) for value in kept)
+
+
+def test_gaps_between_values_are_left_alone() -> None:
+    wide = torch.zeros(4, 6).fill_(0.5)
+    x = wide[:, ::2].requires_grad_()
+    with SavingCodes((x, grid(0.5, 100))):
+        y = x * x
+    y.sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad == 1.0).all())
