@@ -27,6 +27,7 @@ from qbench.export.files import check_destination, write_bytes
 from qbench.export.program import check_program, copy_program, quiet
 from qbench.export.xnnpack_form import to_xnnpack_form
 from qbench.export.xnnpack_limits import KeptInFloat, check_dimensions, keep_layers_in_float
+from qbench.export.xnnpack_products import check_handed_over
 from qbench.graph.dialect import overload
 from qbench.graph.recognise import is_dequantize
 
@@ -126,7 +127,7 @@ def to_executorch(program: ExportedProgram, path: str | os.PathLike[str]) -> Exe
     Raises:
         MissingDependencyError: executorch is not installed.
         ExportError: not a Q/DQ program; its biases are int32; a convolution has three dimensions; the path cannot be
-            written; an op cannot be lowered.
+            written; an op cannot be lowered, or would be computed from values that the delegate does not write.
     """
     check_program(program, call="to_executorch(program, path)")
     target = check_destination(path)
@@ -138,6 +139,7 @@ def to_executorch(program: ExportedProgram, path: str | os.PathLike[str]) -> Exe
         form = to_xnnpack_form(copy_program(program))
         kept = keep_layers_in_float(form)
         lowered = _lower(form)
+        check_handed_over(lowered.exported_program())
         report = _report(target, lowered.exported_program(), kept)
         data = _serialize(lowered, report)
     write_bytes(target, data)

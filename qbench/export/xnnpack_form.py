@@ -8,6 +8,7 @@ branches    ops that share a dequantize op are put into one group, and a group t
             (a residual block) splits the delegate: each reader gets a dequantize op of its own
 splits      it takes slices of fixed sizes, not splits: a split would end the delegate and begin another behind it
 weights     a weight range of [−8, 7] would be read as packed 4-bit codes; the codes are stored in int8
+products    of matrices, as `xnnpack_products` says
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.export import ExportedProgram
 
 from qbench.export import graphs
 from qbench.export.xnnpack_limits import close_views_of_inputs, share_cat_grids
+from qbench.export.xnnpack_products import linear_for_stored, stack_matrices, write_out_addmm
 from qbench.graph.clamps import clamps_before
 from qbench.graph.dialect import packet
 from qbench.graph.qdq import quantized_decomposed
@@ -33,10 +35,13 @@ _SPLITS = frozenset({aten.split, aten.split_with_sizes, aten.chunk})
 
 
 def to_xnnpack_form(program: ExportedProgram) -> ExportedProgram:
-    """Rewrite a program in place, with the rewrites of this file and of `xnnpack_limits` in order; returns it."""
+    """Rewrite a program in place, with the rewrites of this file and of its siblings in order; returns it."""
     graphs.infer_sizes(program)
     graphs.keep_mean_dims(program)
     slice_splits(program)
+    write_out_addmm(program)
+    linear_for_stored(program)
+    stack_matrices(program)
     graphs.close_views(program)
     close_views_of_inputs(program)
     graphs.shift_codes(program, torch.int8)

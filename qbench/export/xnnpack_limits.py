@@ -1,6 +1,7 @@
 """What XNNPACK would refuse when a file is loaded, or compute otherwise than the program says, rewritten before.
 
-layer       s_in·s_w / s_out < 256, or it stays in float: its weight is stored as reals
+layer       codes before and behind it, no zero point in its weight, and s_in·s_w / s_out < 256; or it stays in float:
+            its weight is stored as reals
 transposed  one scale per output channel only without groups, else it stays in float
 cat         one grid at all ends: inputs on another grid are quantized to that of the output first
 views       of codes that are an input of the program, with another grid behind them: a q–dq pair ends the view
@@ -26,6 +27,7 @@ from qbench.graph.dialect import packet
 from qbench.graph.edit import module_path
 from qbench.graph.layers import Layer, output_scales, read_layer, weight_scales
 from qbench.graph.qdq import quantized_decomposed
+from qbench.graph.recognise import find_grid
 from qbench.graph.scale_preserving import grid_source
 from qbench.numerics.arithmetic.xnnpack import ARITHMETIC
 
@@ -81,7 +83,7 @@ def keep_layers_in_float(program: ExportedProgram) -> tuple[KeptInFloat, ...]:
         if weight is None:  # pragma: no cover - its scales were read from constants
             continue
         stored = constants.add(f"{layer.weight.name}_reals", weight.clone(), before=node)
-        node.replace_input_with(layer.weight, stored)
+        _reader_of_weight(layer).replace_input_with(layer.weight, stored)
         path = module_path(node)
         op = str(packet(node.target)).replace("::", ".")
         kept.append(KeptInFloat(op, f"{path}/{node.name}" if path else node.name, reason))
@@ -91,16 +93,31 @@ def keep_layers_in_float(program: ExportedProgram) -> tuple[KeptInFloat, ...]:
     return tuple(kept)
 
 
+def _reader_of_weight(layer: Layer) -> fx.Node:
+    """The product, where the layer is a sum of a product and a bias."""
+    node = layer.node
+    while layer.weight not in node.all_input_nodes:
+        node = cast("fx.Node", node.args[0])
+    return node
+
+
 def _refusal(layer: Layer, constants: ProgramConstants) -> str | None:
     found = weight_scales(layer, constants)
-    if found is None or not graphs.is_dequantize(layer.input):
-        return None
+    if found is None:
+        return None  # Its weight is in float already.
+    if not graphs.is_dequantize(layer.input):
+        return "its input is in float"
+    grid = find_grid(layer.weight, constants)
+    if grid is not None and bool(grid.qparams.zero_point.any()):
+        return "its weight has a zero point, and XNNPACK takes a weight without"
     if layer.transposed and layer.groups > 1 and found.ndim:
         return f"it has {layer.groups} groups, and XNNPACK takes a transposed convolution per channel without groups"
-    quantize = _quantize_behind(layer.node)
+    quantize = _quantize_behind(_reader_of_weight(layer))
     scales = output_scales(layer, found)
-    if quantize is None or scales is None:
-        return None
+    if quantize is None:
+        return "its result is read in float"
+    if scales is None:
+        return "the scales of its weight differ within an output channel"
     largest = _largest_ratio(layer.input.args[1], scales, quantize.args[1])
     if largest < LARGEST_RATIO:
         return None

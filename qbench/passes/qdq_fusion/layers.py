@@ -152,6 +152,11 @@ def _stored_weight(node: fx.Node, context: FusionContext) -> tuple[Dequantize, t
     found = read_dequantize(node, context.constants)
     if found is None:
         raise Refused(f"the scale of its weight is not known before the program runs ({node.name})")
+    if context.constants.get(found.source) is None:
+        raise Refused(
+            f"its weight is computed while the program runs ({node.name}); x @ y has an integer operator for products "
+            "of two activations, on the targets that have one"
+        )
     if found.dtype is not torch.int8:
         raise Refused(f"the codes of its weight are {found.dtype}; the integer operators take int8")
     if bool(found.qparams.zero_point.any()):
