@@ -213,7 +213,11 @@ def test_an_error_from_a_reading_process_is_one_line() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_or_terminated_it_tidies_up(
-    number: signal.Signals, nets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    nets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     seen: list[str] = []
 
@@ -222,6 +226,9 @@ def test_interrupted_or_terminated_it_tidies_up(
         signal.raise_signal(number)
 
     monkeypatch.setattr(job, "verify", interrupt)
+    if number == signal.SIGINT:  # a shell starts what it puts in the background with this one ignored
+        restored = signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, restored))
     before = signal.getsignal(signal.SIGTERM)
     options = ["--epochs", "0.1", "--qat-epochs", "0.1", "--runtimes", "onnxruntime"]
     assert cli.main(quick(nets, tmp_path / "runs" / "demo", *options)) == 130
