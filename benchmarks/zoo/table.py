@@ -16,6 +16,7 @@ converted, its biases made int32, exported and run by ONNX Runtime in a fresh pr
 computes (the others are quantized layers of their own). *Linked*: layers with a weight that read codes from a quantizer
 before them; the first layer never does. *Values*: outputs that differ between the QAT model in eval and the Q/DQ
 program. *Codes*: of the outputs and every activation that differ between the integer program and ONNX Runtime.
+*Seconds* are those of the clock, whatever else the machine did; *GiB* is the largest memory of a process.
 """
 _COLUMNS = (
     *("network", "px", "M parameters", "fused", "quantized", "linked"),
