@@ -72,29 +72,33 @@ class Trainer:
 
     def saved_bytes(self) -> int:
         """What autograd saves for backward."""
-        owned = [*self.model.parameters(), *self.model.buffers(), self.images, self.labels]
-        known = {tensor.untyped_storage().data_ptr() for tensor in owned}
-        found: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        def encoded(*args: Any) -> Coded | None:
-            coded = encode(*args)
-            if coded is not None:
-                note(coded.codes)
-            return coded
-
-        # Of hooks that are nested, PyTorch calls the inner ones alone: what they keep is counted where it is made.
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with mock.patch.object(saved_codes, "encode", encoded), hooks:
-            loss = self.loss()
-        total = sum(found.values())
+        loss, total = saved_for_backward(self.loss, *self.model.parameters(), *self.model.buffers(), self.images)
         loss.backward()
         return total
+
+
+def saved_for_backward(call: Callable[[], Tensor], *owned: Tensor) -> tuple[Tensor, int]:
+    """What a call returns, and the bytes of distinct storages that autograd saves in it, without those of `owned`."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def encoded(*args: Any) -> Coded | None:
+        coded = encode(*args)
+        if coded is not None:
+            note(coded.codes)
+        return coded
+
+    # Of hooks that are nested, PyTorch calls the inner ones alone: what they keep is counted where it is made.
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with mock.patch.object(saved_codes, "encode", encoded), hooks:
+        result = call()
+    return result, sum(found.values())
 
 
 def _wait(tensor: Tensor) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import qbench
+from benchmarks.speed.train_step import saved_for_backward
 from qbench.nn.qat.layer import QatLayer
-from qbench.numerics import blocks, saved_codes
+from qbench.numerics import blocks
 from qbench.numerics.qparams import QParams
-from qbench.numerics.saved_codes import Coded, SavingCodes, encode
+from qbench.numerics.saved_codes import SavingCodes, encode
 
 from .support import CASES, Case, batch, make_layer
 
@@ -28,26 +27,11 @@ def gradients(layer: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
     """The output, the gradients of input and parameters, and the bytes of distinct storages that were saved."""
     layer = copy.deepcopy(layer)
     x = x.clone().requires_grad_()
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    def encoded(*args: Any) -> Coded | None:
-        coded = encode(*args)
-        if coded is not None:
-            note(coded.codes)
-        return coded
-
-    # Of hooks that are nested, PyTorch calls the inner ones alone: what they keep is counted where it is made.
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with mock.patch.object(saved_codes, "encode", encoded), hooks:
-        y = layer(x)
+    y, saved = saved_for_backward(lambda: layer(x))
     torch.manual_seed(3)
     y.backward(torch.randn(y.shape))
     found = [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
-    return [tensor for tensor in found if tensor is not None], sum(saved.values())
+    return [tensor for tensor in found if tensor is not None], saved
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
