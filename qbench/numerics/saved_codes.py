@@ -76,6 +76,12 @@ class SavingCodes(torch.autograd.graph.saved_tensors_hooks):
         self._coded: dict[int, Coded | None] = {}
         super().__init__(self._pack, _unpack)
 
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        # Autograd keeps the hooks as long as what was saved: they must not keep the tensors themselves.
+        self._known.clear()
+        self._coded.clear()
+
     def _pack(self, saved: Tensor) -> Any:
         tensor, qparams = self._known.get(saved.data_ptr(), (None, None))
         if tensor is None or qparams is None or tensor.numel() != saved.numel() or tensor.dtype != saved.dtype:

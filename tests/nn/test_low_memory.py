@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -88,6 +89,23 @@ def test_saved_bytes_of_a_network() -> None:
     assert small < 0.75 * in_float
     model.apply(qbench.disable_low_memory)
     assert gradients(model, x)[1] == plain
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_real_values_do_not_outlive_the_forward(low_memory: bool) -> None:
+    """What is saved as codes is freed: neither autograd nor a hook of ours holds the activation."""
+    x = torch.randn(2, 16, 12, 12)
+    model = qbench.prepare_qat(qbench.fuse(Net()), qconfig=qbench.get_qconfig(), example_inputs=(x,)).train()
+    model.apply(qbench.enable_low_memory if low_memory else qbench.disable_low_memory)
+    storages: list[int] = []
+    for layer in model.modules():
+        if isinstance(layer, QatLayer):
+            layer.register_forward_hook(lambda _, __, out: storages.append(out.untyped_storage()._weak_ref()))
+    y = model(x)
+    gc.collect()
+    *inside, last = [not torch.UntypedStorage._expired(storage) for storage in storages]
+    assert inside == [not low_memory] * 3
+    assert last and y.requires_grad
 
 
 def test_switches_reach_every_layer_and_do_not_reach_the_float_model() -> None:
