@@ -31,7 +31,6 @@ from qbench.graph.scale_preserving import is_scale_joining, is_scale_preserving
 from qbench.grouping import FloatSource, Groups, Place, Producer, group, shares, total_uses
 from qbench.modes import evaluating, modes_kept
 from qbench.nn.qat.body import QatModule
-from qbench.observers import MovingAverageMinMaxObserver
 from qbench.qconfig import QuantizerConfig
 from qbench.report.preparation import FloatInput, FloatOperation, RequantizedInput, SharedQuantizer
 
@@ -305,9 +304,7 @@ def _connect(model: nn.Module, modules: dict[str, QatModule], links: Links) -> L
         module.connect(tuple(sources), tuple(owned), tuple(again))
     shared = _merge(modules, groups, members)
     for quantizer, uses in total_uses(links.uses, groups).items():
-        observer = quantizer.observer
-        if isinstance(observer, MovingAverageMinMaxObserver) and not observer.stateless:
-            observer.expect(uses)
+        quantizer.observer.expect(uses)
     label_quantizers(model)
     unreached = tuple(name for name, module in modules.items() if module not in links.seen and _has_links(module))
     return LinkResult(tuple(float_inputs), tuple(_float_operations(links)), shared, unreached, tuple(requantized))

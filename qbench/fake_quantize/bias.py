@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qbench.errors import ConfigError
 from qbench.numerics import bias as numerics
+from qbench.numerics.blocks import at_hand
 from qbench.numerics.straight_through import fake_quantize_bias_ste
 
 BIAS_SCALES = ("input_weight", "own", "own_pow2")
@@ -95,7 +96,7 @@ class BiasQuantizer(nn.Module):
         """
         if self.spec.scale != "input_weight":
             return True
-        if type(scale) is not Tensor or scale.device.type != "cpu" or torch.compiler.is_compiling():
+        if not at_hand(scale):
             return False
         most = 0.99 * self.spec.code_limit
         least = 2.0 * SMALLEST_BIAS_SCALE * most

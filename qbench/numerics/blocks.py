@@ -19,7 +19,7 @@ from torch import Tensor
 BLOCK = 1 << 16
 
 
-def has_blocks(x: Tensor) -> bool:
+def at_hand(x: Tensor) -> bool:
     """Whether values are there to be computed with at once: float32 on a CPU, neither fake nor compiled."""
     eager = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     return eager and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench.numerics.blocks import Scratch, has_blocks, in_blocks
+from qbench.numerics.blocks import Scratch, at_hand, in_blocks
 from qbench.numerics.qparams import QParams
 
 
@@ -48,7 +48,7 @@ class Coded:
 
 def encode(x: Tensor, qparams: QParams) -> Coded | None:
     """`x` as codes of a grid of 8 bits or fewer; None where they do not give `x` again, or nothing can be looked at."""
-    if not has_blocks(x) or qparams.dtype not in (torch.int8, torch.uint8) or qparams.group_size is not None:
+    if not at_hand(x) or qparams.dtype not in (torch.int8, torch.uint8) or qparams.group_size is not None:
         return None
     # int8 holds what uint8 does, 128 lower: copying to it is vectorised.
     shift = 128 if qparams.dtype is torch.uint8 else 0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qbench.numerics.bias import bias_codes, dequantize_bias
-from qbench.numerics.blocks import Scratch, has_blocks, in_blocks
+from qbench.numerics.blocks import Scratch, at_hand, in_blocks
 from qbench.numerics.qparams import QParams, along_axis, steps_from_zero
 
 
@@ -73,7 +73,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.bounds = (qmin, qmax, axis, group_size)
         grid = _wide_grid(scale, zero_point, x.ndim, *ctx.bounds)
         plain = ctx.needs_input_grad[:3] == (True, False, False) and scale.ndim == 0
-        ctx.masked = plain and has_blocks(x) and qmax - qmin < EXACT_STEPS
+        ctx.masked = plain and at_hand(x) and qmax - qmin < EXACT_STEPS
         if ctx.masked:
             out, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
             round_masked(x, out, mask, *grid, qmax - qmin)
@@ -225,8 +225,8 @@ def clip_and_round(x: Tensor, qparams: QParams) -> Tensor:
     The range is that of the real values of the lowest and highest code, without the half step beyond that still rounds
     to them. A scale that carries a gradient gets what its bounds get, and nothing from the values inside.
     """
-    zero = qparams.zero_point.long()  # int32 would wrap in qmin − z
-    low, high = (qparams.spread((code - zero) * qparams.scale, x) for code in (qparams.qmin, qparams.qmax))
+    ends = steps_from_zero(qparams.zero_point, qparams.qmin, qparams.qmax)
+    low, high = (qparams.spread(steps * qparams.scale, x) for steps in ends)
     clipped = torch.clamp(x.float(), low, high).to(x.dtype)
     return straight_through(clipped, fake_quantize_ste(x.detach(), qparams))
 

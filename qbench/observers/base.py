@@ -78,6 +78,9 @@ class Observer(nn.Module):
         inherits = (kind.forward, kind.update, kind.range_of) == (base.forward, base.update, base.range_of)
         return inherits and self.spec.axis is None
 
+    def expect(self, uses: int) -> None:
+        """Say how many tensors a forward shows it, 1 or more. Here: that does not matter."""
+
     def keep(self, low: Tensor, high: Tensor) -> None:
         """Remember a range."""
         self.min_val, self.max_val = stored(self.min_val, low), stored(self.max_val, high)
@@ -101,6 +104,9 @@ class LatestObserver(Observer):
     """Answers with the range of the tensor at hand: the one definition of a weight's range in train, eval, convert."""
 
     stateless = True
+
+    def expect(self, uses: int) -> None:
+        """See `Observer.expect`: the tensor at hand is all that matters, also where a base remembers others."""
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the range of `x`."""

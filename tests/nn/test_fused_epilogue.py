@@ -63,7 +63,7 @@ def trained(model: nn.Module, images: list[Tensor]) -> tuple[nn.Module, list[Ten
 
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """No function that does several steps, nor one that saves a mask."""
-    for place in ("qbench.nn.qat.epilogue.has_blocks", "qbench.numerics.straight_through.has_blocks"):
+    for place in ("qbench.nn.qat.epilogue.at_hand", "qbench.numerics.straight_through.at_hand"):
         monkeypatch.setattr(place, lambda _: False)
 
 

@@ -21,7 +21,7 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.base import is_hooked
 from qbench.fake_quantize.producers import note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
-from qbench.numerics.blocks import has_blocks
+from qbench.numerics.blocks import at_hand
 from qbench.numerics.fused import Chain, clip_quantize, normalize_clip_quantize
 
 Step = Callable[[Tensor], Tensor]
@@ -49,7 +49,7 @@ def fused_epilogue(
         bounds: Of the activation; None where it is of another form.
         quantizer: Observes, then quantizes with the range that includes this batch.
     """
-    if quantizer is None or bounds is None or not has_blocks(y) or not quantizer.rounds_plainly:
+    if quantizer is None or bounds is None or not at_hand(y) or not quantizer.rounds_plainly:
         return None
     chain = Chain(*bounds, quantizer.observer.by_ends, quantizer.watch)
     if bn is None:
