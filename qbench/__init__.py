@@ -16,6 +16,7 @@ from qbench.numerics.qparams import QParams, QSpec
 from qbench.one_call import prepare_by_target
 from qbench.overrides import Override
 from qbench.preparation import preparation_report, prepare_qat
+from qbench.profiling import profile_qat
 from qbench.qconfig import QConfig, QuantizerConfig, get_qconfig
 from qbench.torch_ao import translate_qconfig
 from qbench.verification import verify
@@ -53,6 +54,7 @@ __all__ = [
     "nn",
     "passes",
     "preparation_report",
+    "profile_qat",
     "ptq",
     "quantization_coverage",
     "register_pattern",

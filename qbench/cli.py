@@ -18,11 +18,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qbench import targets
-from qbench.errors import QBenchError, QBenchWarning
+from qbench.errors import ConfigError, QBenchError, QBenchWarning
 from qbench.export.runtimes import RUNTIMES
+from qbench.fake_quantize import METHODS
 from qbench.fake_quantize.bias import BIAS_SCALES
 from qbench.job import FLOAT_TRAINING, QAT_TRAINING, REPORT_FILE, Job, run, versions
 from qbench.past_runs import verify_again
+from qbench.profiling.command import AUTOCAST, DEVICES, profile_named
+from qbench.report.profile import MOST, ORDERS
 from qbench.report.targets import target_details, target_table
 from qbench.report.text import run_table, verification_table
 from qbench.training import Settings
@@ -40,6 +43,13 @@ exit codes:
 
 example:
   qbench verify runs/demo
+"""
+
+
+_PROFILE_EPILOG = """\
+examples:
+  qbench profile --model mobilenet_v2 --batch-size 16
+  qbench profile --model nets.py:tiny --image-size 96 --low-memory --order model --top 0
 """
 
 
@@ -81,6 +91,18 @@ def _targets(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(arguments: argparse.Namespace) -> int:
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    _say("measure steps of the float model and of its QAT form, in turns")
+    own = ("command", "do", "order", "top", "json")
+    found = profile_named(**{name: value for name, value in vars(arguments).items() if name not in own})
+    if arguments.json is not None:
+        arguments.json.write_text(found.to_json(), encoding="utf-8")
+    print(found.table(arguments.order, arguments.top or None))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every `qbench` command."""
     parser = argparse.ArgumentParser(
@@ -111,6 +133,17 @@ def build_parser() -> argparse.ArgumentParser:
     again.add_argument("--data", help="digits, or imagefolder:DIR (default: the data of the run)")
     again.add_argument("--verify-images", type=_positive, metavar="N", help="at most so many (default: as the run)")
     again.set_defaults(do=_verify)
+    costs = commands.add_parser(
+        "profile",
+        help="show where the time and the memory of QAT training go, layer by layer, against float training",
+        description="Measure a training step of a model in float and in its QAT form on random images, in turns.",
+        epilog=_PROFILE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_measured(costs)
+    _add_quantization(costs)
+    _add_measuring(costs)
+    costs.set_defaults(do=_profile)
     known = commands.add_parser(
         "targets",
         help="list the targets: their grids, their rules, where each is from, what was verified",
@@ -125,6 +158,10 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 1 on")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _bits(text: str) -> int | str:
@@ -208,6 +245,29 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default=tuple(RUNTIMES),
         help=f"comma-separated (default: {','.join(RUNTIMES)})",
     )
+
+
+def _add_measured(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", default="resnet18", help="torchvision classification model, or file.py:function")
+    group.add_argument("--target", default="onnxruntime", help=f"{', '.join(targets.names())} (default: %(default)s)")
+    methods = ", ".join(method.name for method in METHODS)
+    group.add_argument("--method", default="fixed", help=f"{methods} (default: %(default)s)")
+    group.add_argument("--low-memory", action="store_true", help="save codes for backward: qbench.enable_low_memory")
+    group.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: %(default)s")
+    group.add_argument("--image-size", type=_positive, default=224, metavar="PX", help="default: %(default)s")
+    group.add_argument("--channels-last", action="store_true", help="the memory format of images and weights")
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("measuring and showing")
+    group.add_argument("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
+    group.add_argument("--autocast", choices=list(AUTOCAST), default="no", help="default: %(default)s")
+    group.add_argument("--rounds", type=_positive, default=11, metavar="N", help="default: %(default)s")
+    group.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: its own choice)")
+    group.add_argument("--order", choices=ORDERS, default="overhead", help="of the layers (default: %(default)s)")
+    group.add_argument("--top", type=_count, default=MOST, metavar="N", help="layers to show; 0 for all (default: 20)")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the profile there too")
 
 
 def _replace(settings: Settings, **changes: object) -> Settings:

@@ -41,7 +41,7 @@ FLOORS = (
     ("ptq",),
     ("_torchvision", "folders"),
     ("data", "models"),
-    ("training",),
+    ("training", "profiling"),
     ("job",),
     ("past_runs",),
     ("cli",),
