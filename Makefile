@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 # constraints.txt stands on every pip call: an unpinned torch would be another torch, gigabytes larger.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := runs/demo
+# Options of the benchmarks: make bench BENCH='--models resnet18 --sizes 8x128'
+BENCH ?=
 # Threads that wait by spinning take the cores from those that work: on a busy machine, several times slower. OpenMP reads
 # this before Python starts, so it has to stand here.
 export OMP_WAIT_POLICY ?= PASSIVE
 LINTED := setup.py qbench tests $(wildcard docs/images references benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo zoo test test-all lint format install install-dev clean
+.PHONY: help bench demo zoo test test-all lint format install install-dev clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -23,6 +25,9 @@ demo: install ## train ResNet-18 on real digits, deploy it to two runtimes, veri
 
 zoo: install ## every torchvision model the whole way, one process each, hours; goes on where it stopped: docs/zoo.md
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m benchmarks.zoo.run
+
+bench: install ## training steps and all around them, timed beside the peers, hours; goes on where it stopped: docs/benchmarks.md
+	$(BIN)/python -m benchmarks.speed.run $(BENCH)
 
 test: lint ## lint, types, spelling and every test that is not slow
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"

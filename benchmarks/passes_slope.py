@@ -173,14 +173,19 @@ def main() -> None:
     print(f"{'layers':>8} " + " ".join(f"{name:>22}" for name in names))
     for row in rows:
         print(f"{row['layers']:8.0f} " + " ".join(f"{row[name]:20.2f} s" for name in names))
-    slopes = {name: _slope(rows[0], rows[-1], name) for name in names} if len(rows) > 1 else {}
-    print(f"{'slope':>8} " + " ".join(f"{slopes[name]:22.2f}" for name in slopes))
+    found = slopes(rows)
+    print(f"{'slope':>8} " + " ".join(f"{found[name]:22.2f}" for name in found))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"torch": torch.__version__, "seconds": rows, "slope": slopes}, indent=1) + "\n")
+    options.out.write_text(json.dumps({"torch": torch.__version__, "seconds": rows, "slope": found}, indent=1) + "\n")
 
 
-def _slope(first: dict[str, float], last: dict[str, float], name: str) -> float:
-    return math.log(last[name] / first[name]) / math.log(last["layers"] / first["layers"])
+def slopes(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Slope of each pass between the shortest and the longest chain; empty where there is only one."""
+    first, last = rows[0], rows[-1]
+    if first is last:
+        return {}
+    doublings = math.log(last["layers"] / first["layers"])
+    return {name: math.log(last[name] / first[name]) / doublings for name in pass_list()}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@
     time        median over the rounds of (time of the form / time of float in the same round), with its quartiles
     saved       bytes of distinct storages that autograd saves for backward, without parameters, buffers and images;
                 over those of float
+    peak        most memory during a step, in a process of its own (`peaks`)
+
+`benchmarks.speed.run` measures all networks, one process each; this command is for a quick look:
 
     python -m benchmarks.speed.train_step --models resnet18 mobilenet_v2 --sizes 8x128 16x224 --json train_step.json
 
@@ -16,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,11 +29,18 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.variants import FORMS, float_network, made
+from benchmarks.speed import memory
+from benchmarks.speed.rows import LAYOUTS, Job, Row, machine
+from benchmarks.speed.variants import FORMS, Images, float_network, made
 from qbench.numerics import saved_codes
 from qbench.numerics.saved_codes import Coded, encode
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+#: Forms that others are compared with, where both are measured in one process.
+BASES = ("float", "float compiled", "qbench plain")
+#: What a form is compared with beside float.
+_BASE_OF = {"qbench compiled": "float compiled", "qbench low memory": "qbench plain"}
+#: A network that every form can be made of, to load the form's libraries with.
+_SMALL, _SMALL_SIZE = "resnet18", {"batch": 2, "px": 32}
 
 
 class Trainer:
@@ -106,27 +115,6 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def trainers(name: str, forms: list[str], setting: Setting) -> tuple[dict[str, Trainer], dict[str, str]]:
-    """The forms that can be made and have taken two steps, and why the others cannot."""
-    torch.manual_seed(0)
-    model = float_network(name).to(setting.device)
-    layout = LAYOUTS[setting.layout]
-    shape = (setting.batch, 3, setting.px, setting.px)
-    images = torch.randn(shape, device=setting.device).contiguous(memory_format=layout)
-    labels = torch.randint(0, 1000, (setting.batch,), device=setting.device)
-    found, refused = {}, {}
-    for form in forms:
-        try:
-            trainer = Trainer(made(FORMS[form], name, model, (images,), layout), images, labels, setting.amp)
-            trainer.step()
-            trainer.step()
-        except Exception as error:  # a peer may raise anything
-            refused[form] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        else:
-            found[form] = trainer
-    return found, refused
-
-
 class Setting(argparse.Namespace):
     """What the networks are run with."""
 
@@ -137,8 +125,39 @@ class Setting(argparse.Namespace):
     device: str
 
 
-def measure(name: str, forms: list[str], setting: Setting, rounds: int) -> Iterator[dict[str, Any]]:
-    """One row a form."""
+def trainer(form: str, name: str, model: nn.Module, setting: Setting) -> Trainer:
+    """A form of a float network that has taken two steps."""
+    layout = LAYOUTS[setting.layout]
+    torch.manual_seed(0)
+    shape = (setting.batch, 3, setting.px, setting.px)
+    images: Images = (torch.randn(shape, device=setting.device).contiguous(memory_format=layout),)
+    labels = torch.randint(0, 1000, (setting.batch,), device=setting.device)
+    found = Trainer(made(FORMS[form], name, model, images, layout), images[0], labels, setting.amp)
+    found.step()
+    found.step()
+    return found
+
+
+def trainers(name: str, forms: list[str], setting: Setting) -> tuple[dict[str, Trainer], dict[str, str]]:
+    """The forms that can be made and have taken two steps, and why the others cannot."""
+    torch.manual_seed(0)
+    model = float_network(name).to(setting.device)
+    found, refused = {}, {}
+    for form in forms:
+        try:
+            found[form] = trainer(form, name, model, setting)
+        except Exception as error:  # a peer may raise anything
+            refused[form] = reason(error)
+    return found, refused
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def measure(name: str, forms: list[str], setting: Setting, rounds: int) -> Iterator[Row]:
+    """One row a form: its time, over each of `BASES` that is among the forms, and what it saves for backward."""
     found, refused = trainers(name, forms, setting)
     times: dict[str, list[float]] = {form: [] for form in found}
     for _ in range(rounds):
@@ -150,15 +169,55 @@ def measure(name: str, forms: list[str], setting: Setting, rounds: int) -> Itera
         if form in refused:
             yield {**row, "refused": refused[form]}
             continue
-        ratios = [own / base for own, base in zip(times[form], times["float"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        row |= {"seconds": statistics.median(times[form]), "ratio": middle, "quartiles": [low, high]}
+        over = {base: _ratio(times[form], times[base]) for base in BASES if base in times}
+        low, middle, high = over["float"]
+        row |= {"seconds": statistics.median(times[form]), "ratio": middle, "quartiles": [low, high], "over": over}
         if form in saved:
             row |= {"saved_mib": saved[form] / 2**20, "saved_ratio": saved[form] / saved["float"]}
         yield row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def _ratio(own: list[float], base: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of the ratios of rounds."""
+    ratios = [one / other for one, other in zip(own, base, strict=True)]
+    return statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+
+
+def steps(job: Job) -> Iterator[Row]:
+    """The part `step`: every form in this process, interleaved, with those that they are compared with."""
+    bases = [_BASE_OF[form] for form in job.forms if form in _BASE_OF]
+    for row in measure(job.model, list(dict.fromkeys(["float", *bases, *job.forms])), _setting(job), job.rounds):
+        yield job.row(row.pop("form"), **row)
+
+
+def peaks(job: Job) -> Iterator[Row]:
+    """The part `peak`: the most memory during a step of one form, to be measured in a process of its own.
+
+    `above_mib` is what network, optimizer and step took: the peak without what was in use before they were made, when
+    the libraries of the form had been loaded (but for the compiler, whose memory counts where it is used).
+    """
+    setting = _setting(job)
+    for form in job.forms:
+        try:
+            if "compiled" not in form:
+                trainer(form, _SMALL, float_network(_SMALL).to(job.device), Setting(**{**vars(setting), **_SMALL_SIZE}))
+            memory.reset_peak(job.device)
+            before = memory.in_use(job.device)
+            found = trainer(form, job.model, float_network(job.model).to(job.device), setting)
+            memory.reset_peak(job.device)
+            found.step()
+        except Exception as error:  # a peer may raise anything
+            yield job.row(form, refused=reason(error))
+            continue
+        peak = memory.peak(job.device)
+        yield job.row(form, peak_mib=peak, above_mib=peak - before)
+
+
+def _setting(job: Job) -> Setting:
+    return Setting(batch=job.batch, px=job.px, layout=job.layout, amp=job.amp, device=job.device)
+
+
+def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     lines = ["| network | batch × px | layout | form | step over float | quartiles | saved over float |"]
     lines.append("| --- | --- | --- | --- | --: | --: | --: |")
@@ -172,12 +231,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         saved = f"{row['saved_ratio']:.2f}" if "saved_ratio" in row else "–"
         lines.append(f"{head} {row['ratio']:.2f} | {low:.2f}–{high:.2f} | {saved} |")
     return "\n".join(lines)
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures were made on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
 
 
 def main(report: Callable[[str], None] = print) -> None:
@@ -209,7 +262,7 @@ def main(report: Callable[[str], None] = print) -> None:
                 torch.compiler.reset()
     report("\n" + table(rows))
     if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine(options.device), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**machine(options.device), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
