@@ -11,7 +11,14 @@ from qbench.fake_quantize import disable_fake_quant, disable_observer, enable_fa
 from qbench.fake_quantize.bias import BiasSpec
 from qbench.fusion import fuse, fuse_modules
 from qbench.mappings import register_pattern
-from qbench.nn.qat import disable_low_memory, enable_low_memory, freeze_bn_stats, update_bn_stats
+from qbench.nn.qat import (
+    disable_fast_path,
+    disable_low_memory,
+    enable_fast_path,
+    enable_low_memory,
+    freeze_bn_stats,
+    update_bn_stats,
+)
 from qbench.numerics.qparams import QParams, QSpec
 from qbench.one_call import prepare_by_target
 from qbench.overrides import Override
@@ -34,9 +41,11 @@ __all__ = [
     "conversion_report",
     "convert",
     "disable_fake_quant",
+    "disable_fast_path",
     "disable_low_memory",
     "disable_observer",
     "enable_fake_quant",
+    "enable_fast_path",
     "enable_low_memory",
     "enable_observer",
     "errors",

@@ -45,6 +45,11 @@ def qbench_plain(name: str, model: nn.Module, images: Images) -> nn.Module:
     return qbench.prepare_qat(qbench.fuse(model), qconfig=qbench.get_qconfig(), example_inputs=images).train()
 
 
+def qbench_fast(name: str, model: nn.Module, images: Images) -> nn.Module:
+    """The same with generated code, layer by layer."""
+    return qbench_plain(name, model, images).apply(qbench.enable_fast_path)
+
+
 def qbench_low_memory(name: str, model: nn.Module, images: Images) -> nn.Module:
     """The same, saving codes for backward."""
     return qbench_plain(name, model, images).apply(qbench.enable_low_memory)
@@ -118,6 +123,7 @@ FORMS: dict[str, Form] = {
     "float": eager,
     "float compiled": compiled,
     "qbench plain": qbench_plain,
+    "qbench fast": qbench_fast,
     "qbench low memory": qbench_low_memory,
     "qbench lsq": qbench_lsq,
     "qbench compiled": qbench_compiled,

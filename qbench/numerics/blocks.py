@@ -25,6 +25,12 @@ def at_hand(x: Tensor) -> bool:
     return eager and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
 
 
+def on_gpu(x: Tensor) -> bool:
+    """The same on a CUDA device."""
+    eager = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return eager and x.device.type == "cuda" and x.dtype == torch.float32 and x.numel() > 0
+
+
 def in_blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, cut alike along the first axis of `first`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,15 @@ from qbench.errors import ConfigError
 from qbench.numerics.blocks import dense
 from qbench.numerics.qparams import QParams, QSpec, choose_qparams, in_groups
 
+# `training` is among them: what an observer does never depends on it.
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
 
 class Observer(nn.Module):
     """Base of the observers: keeps a range [min_val, max_val] per tensor or per channel.
 
-    Subclasses implement `take`, which combines ranges, and `range_of` where a tensor needs another range than from its
-    lowest to its highest value; or `update`, which is both. The range starts as [+inf, −inf]: nothing was seen.
+    Subclasses implement `follow`, which combines ranges, and `range_of` where a tensor needs another range than from
+    its lowest to its highest value; or `update`, which is both. The range starts as [+inf, −inf]: nothing was seen.
 
     Args:
         spec: What is wanted; `spec.axis` decides per tensor or per channel.
@@ -69,7 +74,32 @@ class Observer(nn.Module):
 
     def take(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Take the range that one tensor needs into account and return the range as new tensors."""
-        raise NotImplementedError(f"{type(self).__name__} must implement take(low, high), or update(x) -> (low, high)")
+        low, high, *state = self.follow(low, high, *self.state())
+        self.keep(*state)
+        return low, high
+
+    def follow(self, low: Tensor, high: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """The range with that of one more tensor, and what to remember; nothing is changed, so that it can be compiled.
+
+        Args:
+            low: Lowest value that the tensor needs.
+            high: Highest value that it needs.
+            state: As of `state()`.
+
+        Returns:
+            Both ends of the range, then the new state.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement follow(low, high, *state), or update(x) -> (low, high)"
+        )
+
+    def state(self) -> tuple[Tensor, ...]:
+        """What it remembers; the range first."""
+        return self.min_val, self.max_val
+
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """What it has apart from tensors: those of the same type and settings follow ranges alike."""
+        return tuple((name, value) for name, value in vars(self).items() if name not in _MODULE_STATE)
 
     @property
     def by_ends(self) -> bool:
@@ -81,8 +111,8 @@ class Observer(nn.Module):
     def expect(self, uses: int) -> None:
         """Say how many tensors a forward shows it, 1 or more. Here: that does not matter."""
 
-    def keep(self, low: Tensor, high: Tensor) -> None:
-        """Remember a range."""
+    def keep(self, low: Tensor, high: Tensor, *rest: Tensor) -> None:
+        """Remember a range, and whatever else `state` has."""
         self.min_val, self.max_val = stored(self.min_val, low), stored(self.max_val, high)
 
     @torch.no_grad()

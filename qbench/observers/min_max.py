@@ -31,11 +31,10 @@ class LatestMinMaxObserver(LatestObserver):
 class MinMaxObserver(Observer):
     """Range of everything seen."""
 
-    def take(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def follow(self, low: Tensor, high: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Widen the range."""
-        low, high = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
-        self.keep(low, high)
-        return low, high
+        low, high = torch.minimum(state[0], low), torch.maximum(state[1], high)
+        return low, high, low, high
 
 
 class MovingAverageMinMaxObserver(Observer):
@@ -76,34 +75,46 @@ class MovingAverageMinMaxObserver(Observer):
         elif "recent" in self._buffers:
             del self.recent
 
-    def take(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def state(self) -> tuple[Tensor, ...]:
+        """The range; with several uses what it follows, too."""
+        return (*super().state(), self.recent) if self.uses > 1 else super().state()
+
+    def keep(self, low: Tensor, high: Tensor, *rest: Tensor) -> None:
+        """Remember a range and what it follows."""
+        super().keep(low, high)
+        for recent in rest:
+            self.recent = stored(self.recent, recent)
+
+    def follow(self, low: Tensor, high: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Move the range towards this one; the first tensor sets it (decided on the device, without a sync)."""
-        if self.uses > 1:
-            first, low, high = self._hull(low, high)
+        before, recent = state[:2], state[2:]
+        if recent:
+            first, low, high, newest = self._hull(low, high, *state)
+            recent = (newest,)
             weight = 1.0 - (1.0 - self.averaging_constant) ** (1.0 / self.uses)
         else:
-            first = self.min_val > self.max_val  # [+inf, −inf] stands for nothing seen; one infinite value does not
+            first = before[0] > before[1]  # [+inf, −inf] stands for nothing seen; one infinite value does not
             weight = self.averaging_constant
         low, high = (
             torch.where(first, new, old + weight * (new - old))
-            for old, new in ((self.min_val, low), (self.max_val, high))
+            for old, new in zip(before, (low, high), strict=True)
         )
-        self.keep(low, high)
-        return low, high
+        return low, high, low, high, *recent
 
-    def _hull(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Remember a range; whether it is among the first `uses`, and the hull (then with the range that is kept)."""
+    def _hull(
+        self, low: Tensor, high: Tensor, min_val: Tensor, max_val: Tensor, recent: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Whether a range is among the first `uses`, the hull (then with the range that is kept), and the last few."""
         newest = torch.stack((low, high)).unsqueeze(1)  # (2, 1, *range)
-        older = self.recent[:, 1:]
+        older = recent[:, 1:]
         if older.ndim != newest.ndim:  # per channel, before any data
             older = older.reshape(*older.shape, *[1] * low.ndim).expand(-1, -1, *low.shape)
-        first = self.recent[0, 0] > self.recent[1, 0]
+        first = recent[0, 0] > recent[1, 0]
         recent = torch.cat((older, newest.to(older.dtype)), 1)
-        self.recent = stored(self.recent, recent)
         low, high = recent[0].amin(0), recent[1].amax(0)
         # A range that is kept without what it came from is of a state dict: it must not be lost.
-        low = torch.where(first, torch.minimum(self.min_val, low), low)
-        return first, low, torch.where(first, torch.maximum(self.max_val, high), high)
+        low = torch.where(first, torch.minimum(min_val, low), low)
+        return first, low, torch.where(first, torch.maximum(max_val, high), high), recent
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Of a model that was recorded with other examples, or by a version without `recent`, only the range is taken.

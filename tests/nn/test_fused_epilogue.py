@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import qbench
 from qbench.errors import NumericsError
-from qbench.nn.qat import epilogue as module
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics import blocks, fused
 from qbench.observers import MinMaxObserver, PercentileObserver
@@ -79,7 +78,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return call
 
     for plain in (fused.normalize_clip_quantize, fused.clip_quantize):
-        monkeypatch.setattr(module, plain.__name__, counted(plain))
+        monkeypatch.setattr(fused, plain.__name__, counted(plain))
     return calls
 
 

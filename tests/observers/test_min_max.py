@@ -199,7 +199,7 @@ def test_a_subclass_says_how_it_updates() -> None:
     class Mine(Observer):
         pass
 
-    with pytest.raises(NotImplementedError, match=r"Mine must implement take\(low, high\)"):
+    with pytest.raises(NotImplementedError, match=r"Mine must implement follow\(low, high"):
         Mine(INT8)(torch.ones(3))
 
 

@@ -89,7 +89,14 @@ from qbench.nn.qat.norms import (
     NormalizeLayer,
     RMSNorm,
 )
-from qbench.nn.qat.switches import disable_low_memory, enable_low_memory, freeze_bn_stats, update_bn_stats
+from qbench.nn.qat.switches import (
+    disable_fast_path,
+    disable_low_memory,
+    enable_fast_path,
+    enable_low_memory,
+    freeze_bn_stats,
+    update_bn_stats,
+)
 
 __all__ = [
     "AdaptiveAvgPool1d",
@@ -175,7 +182,9 @@ __all__ = [
     "Threshold",
     "Upsample",
     "UpsamplingBilinear2d",
+    "disable_fast_path",
     "disable_low_memory",
+    "enable_fast_path",
     "enable_low_memory",
     "freeze_bn_stats",
     "update_bn_stats",

@@ -250,7 +250,7 @@ def replaced(inputs: Iterable[Any], tensors: Sequence[Tensor], others: Sequence[
 _OWN_STATE = frozenset(
     {
         *("qconfig", "_sources", "_requantized", "linear_type"),
-        *("bn", "bn_frozen", "low_memory", "activation_module", "pre_activation_quantizer"),
+        *("bn", "bn_frozen", "low_memory", "fast_path", "activation_module", "pre_activation_quantizer"),
     }
 )
 _MODULE_STATE = frozenset(vars(nn.Module()))

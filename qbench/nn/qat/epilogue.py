@@ -7,22 +7,28 @@ The bias error `e = b̂ − b_f` stands outside what BN normalises: before it, `
 batch mean removes, and training would never see it.
 
 `epilogue` runs the steps one by one and is what compilers see. In eager training on a CPU, a chain that ends in a plain
-quantizer is one function instead (`qbench.numerics.fused`), with the same values and the same gradients.
+quantizer is one function instead (`qbench.numerics.fused`), with the same values and the same gradients. Where
+`enable_fast_path` asks for it, that function is generated code (`qbench.numerics.generated_epilogue`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.base import is_hooked
 from qbench.fake_quantize.producers import note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
-from qbench.numerics.blocks import at_hand
-from qbench.numerics.fused import Chain, clip_quantize, normalize_clip_quantize
+from qbench.numerics import fused
+from qbench.numerics.blocks import at_hand, on_gpu
+from qbench.numerics.generated_epilogue import Moved, Plan, generated_code, in_rows, normalize_clip_quantize
+from qbench.observers import Observer
 
 Step = Callable[[Tensor], Tensor]
 
@@ -51,14 +57,63 @@ def fused_epilogue(
     """
     if quantizer is None or bounds is None or not at_hand(y) or not quantizer.rounds_plainly:
         return None
-    chain = Chain(*bounds, quantizer.observer.by_ends, quantizer.watch)
+    chain = fused.Chain(*bounds, quantizer.observer.by_ends, quantizer.watch)
     if bn is None:
-        return None if y._is_view() else note_producer(clip_quantize(y, chain), quantizer)
+        return None if y._is_view() else note_producer(fused.clip_quantize(y, chain), quantizer)
     if not bn.plain(y) or y.numel() == y.shape[1]:  # one value per channel: PyTorch refuses, in its own words
         return None
     with bn.keeping_silenced():
         bn.holder._check_input_dim(y)
-        return note_producer(normalize_clip_quantize(y, bn.holder.weight, bn.shift, bn.count(), chain), quantizer)
+        out = fused.normalize_clip_quantize(y, bn.holder.weight, bn.shift, bn.count(), chain)
+        return note_producer(out, quantizer)
+
+
+def generated_epilogue(
+    y: Tensor,
+    bn: TrainingBatchNorm,
+    bounds: tuple[float, float] | None,
+    quantizer: FakeQuantize | None,
+) -> Tensor | None:
+    """`fused_epilogue` with BatchNorm, by generated code; None where there is none for it.
+
+    Args:
+        y: As there.
+        bn: As there.
+        bounds: As there.
+        quantizer: As there.
+    """
+    if quantizer is None or bounds is None or not (at_hand(y) or on_gpu(y)):
+        return None
+    if not quantizer.rounds_plainly or not bn.plain(y):
+        return None
+    observes = quantizer.training and quantizer.observer_enabled
+    rows, follows = in_rows(y), not observes or quantizer.observer.by_ends
+    if rows is None or not follows or y.numel() == y.shape[1] or quantizer.scale.dtype != torch.float32:
+        return None
+    rule = rule_of(quantizer.observer) if observes else None
+    plan = Plan(rows[1], bn.holder.momentum, bn.holder.eps, *bounds, quantizer.spec, rule, y.device.type)
+    code = generated_code(plan)
+    if code is None:
+        return None
+    bn.holder._check_input_dim(y)
+    state = quantizer.observer.state() if observes else ()
+    moved = Moved(bn.count(), bn.silenced, quantizer.scale, quantizer.zero_point, state)
+    out = normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, code)
+    quantizer.seen_data = True
+    return note_producer(out, quantizer)
+
+
+# One observer for all of the same type and settings, so that their layers share code: it is asked how ranges move, not
+# what it has seen.
+_RULES: dict[Any, Observer] = {}
+
+
+def rule_of(observer: Observer) -> Observer:
+    """The observer that stands for all which follow ranges as this one does."""
+    key = type(observer), observer.settings()
+    if key not in _RULES:
+        _RULES[key] = copy.deepcopy(observer)
+    return _RULES[key]
 
 
 def bounds_of(activation: nn.Module | None) -> tuple[float, float] | None:

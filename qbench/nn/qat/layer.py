@@ -23,11 +23,12 @@ from qbench.nn.intrinsic.fused import Fused, as_types
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
-from qbench.nn.qat.epilogue import bounds_of, epilogue, fused_epilogue
-from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
+from qbench.nn.qat.epilogue import bounds_of, epilogue, fused_epilogue, generated_epilogue
+from qbench.nn.qat.parameters import Folding, TrainingParameters, bias_error, generated_parameters
+from qbench.numerics.fold import BatchNormTensors, WeightLayout
 from qbench.numerics.qparams import QParams, in_groups
 from qbench.numerics.saved_codes import SavingCodes
-from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
+from qbench.numerics.weights import WeightGrid
 from qbench.qconfig import QConfig
 
 Self = TypeVar("Self", bound="QatLayer")
@@ -43,12 +44,14 @@ class QatLayer(QatModule):
         bn_frozen: Whether training normalises with the running statistics.
         channel_axis: Axis of the output that holds its channels, from the end.
         low_memory: Whether input and weight are saved for backward as codes: see `enable_low_memory`.
+        fast_path: Whether training takes generated code where there is some: see `enable_fast_path`.
     """
 
     linear_type: ClassVar[type[nn.Module]]
     activation: ClassVar[type[nn.Module] | None] = None
     channel_axis: ClassVar[int]
     low_memory = False
+    fast_path = False
 
     weight: Tensor
     bias: Tensor | None
@@ -196,14 +199,24 @@ class QatLayer(QatModule):
 
     def _train_forward(self, x: Tensor, *args: Any) -> Tensor:
         # The running statistics as they stand before this batch's update: `bn` moves them below.
-        grid, bias, scale = self.quantized_parameters(detach=True)
-        error = None if scale is None or self.bias_quantizer is None else self.bias_quantizer(bias, scale) - bias
-        weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else grid.weight
-        with self._saving(x, weight, grid.unfolded_qparams()):
-            y = self.linear(x, weight.to(grid.weight.dtype), self.linear_bias, *args)
-        silenced = None if grid.effect is None else grid.effect.silenced
-        bn = TrainingBatchNorm(self.batch_norm, self.batch_norm_type, error, silenced, self.channel_axis)
+        found = self._training_parameters()
+        with self._saving(x, found.weight, found.qparams):
+            y = self.linear(x, found.weight, self.linear_bias, *args)
+        bn = TrainingBatchNorm(self.batch_norm, self.batch_norm_type, found.error, found.silenced, self.channel_axis)
         return self._epilogue(y, bn)
+
+    def _training_parameters(self) -> TrainingParameters:
+        bn = self._bn_tensors()
+        if self.fast_path and bn is not None:
+            given = self.linear_weight, self.linear_bias, bn, self._input_scale()
+            found = generated_parameters(self._folding(), *given)
+            if found is not None:
+                return found
+        grid, bias, scale = self.quantized_parameters(detach=True)
+        weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else grid.weight
+        silenced = None if grid.effect is None else grid.effect.silenced
+        error = bias_error(self._folding(), bias, scale)
+        return TrainingParameters(weight.to(grid.weight.dtype), grid.unfolded_qparams(), error, silenced)
 
     def _epilogue(self, y: Tensor, bn: TrainingBatchNorm | None = None) -> Tensor:
         fused = self._fused_epilogue(y, bn)
@@ -215,9 +228,13 @@ class QatLayer(QatModule):
     def _fused_epilogue(self, y: Tensor, bn: TrainingBatchNorm | None) -> Tensor | None:
         """The same values from one function, where there is one for these steps; else None."""
         if self.pre_activation_quantizer is None:
-            return fused_epilogue(y, bn, bounds_of(self.activation_module), self.output_quantizer)
-        before = fused_epilogue(y, bn, bounds_of(None), self.pre_activation_quantizer)
+            return self._one_function(y, bn, bounds_of(self.activation_module), self.output_quantizer)
+        before = self._one_function(y, bn, bounds_of(None), self.pre_activation_quantizer)
         return None if before is None else epilogue(before, self.activation_module, self.output_quantizer)
+
+    def _one_function(self, y: Tensor, bn: TrainingBatchNorm | None, *step: Any) -> Tensor | None:
+        found = generated_epilogue(y, bn, *step) if self.fast_path and bn is not None else None
+        return fused_epilogue(y, bn, *step) if found is None else found
 
     def _uses_batch_statistics(self) -> bool:
         return self.training and self.learns_statistics and not self.bn_frozen
@@ -233,35 +250,14 @@ class QatLayer(QatModule):
             detach: Cut the gradient to the BatchNorm and the bias (for the bias error in training).
         """
         bn = self._bn_tensors()
-        weight, bias = self.linear_weight, self.linear_bias
+        bias = self.linear_bias
         if detach:
             bn = None if bn is None else _detached(bn)
             bias = None if bias is None else bias.detach()
-        factor = None if bn is None else fold_factor(bn)
-        if bn is not None and factor is not None:
-            folded = fold_bias(bias, bn, factor)
-        else:
-            folded = weight.new_zeros(self.layout().out_channels(weight)) if bias is None else bias
-        input_scale, quantizer = self._input_scale(), self.bias_quantizer
-        if input_scale is None or quantizer is None:
-            return self._weight_grid(weight, factor, None), folded, None
-        grid = self._weight_grid(weight, factor, None)
-        scale = quantizer.scale(folded, input_scale, grid.channel_scale())
-        if not quantizer.surely_fits(folded, scale):
-            grid = self._weight_grid(weight, factor, quantizer.weight_scale_floor(folded, input_scale))
-            scale = quantizer.scale(folded, input_scale, grid.channel_scale())
-        return grid, folded, scale
+        return self._folding().parameters(self.linear_weight, bias, bn, self._input_scale())
 
-    def _weight_grid(self, weight: Tensor, factor: Tensor | None, floor: Tensor | None) -> WeightGrid:
-        quantizer, layout = self.weight_quantizer, self.layout()
-        weight = quantizer.shaped(weight) if quantizer.fake_quant_enabled else weight
-        if quantizer.scales_with_tensor and not (layout.transposed and layout.groups > 1):
-            rounding = quantizer.fake_quantize if quantizer.clips else None
-            return moving_grid(weight, factor, layout, quantizer.qparams_of(weight), floor, rounding)
-        power_of_two, rounding = quantizer.spec.power_of_two, quantizer.fake_quantize
-        return folded_grid(
-            weight, factor, layout, quantizer.qparams_of, floor, power_of_two=power_of_two, rounding=rounding
-        )
+    def _folding(self) -> Folding:
+        return Folding(self.layout(), self.weight_quantizer, self.bias_quantizer)
 
     def _input_scale(self) -> Tensor | None:
         source = self._sources[0] if self._sources else None

@@ -23,6 +23,24 @@ def disable_low_memory(module: nn.Module) -> None:
         module.low_memory = False
 
 
+def enable_fast_path(module: nn.Module) -> None:
+    """Train by generated code where there is some: `model.apply(qbench.enable_fast_path)`.
+
+    What follows a layer with a BatchNorm, and what comes before it, is compiled by `torch.compile` in its first step,
+    once for all layers that are configured alike. Codes are those of the plain path for the same statistics, which are
+    summed in another order. Where there is no compiler, or none for this device, dtype or layout, the plain path goes
+    on, with one line in the log of "qbench".
+    """
+    if isinstance(module, QatLayer):
+        module.fast_path = True
+
+
+def disable_fast_path(module: nn.Module) -> None:
+    """Train by PyTorch's operators again."""
+    if isinstance(module, QatLayer):
+        module.fast_path = False
+
+
 def freeze_bn_stats(module: nn.Module) -> None:
     """Normalise with the running statistics from now on: `model.apply(qbench.freeze_bn_stats)`."""
     if isinstance(module, QatLayer):

@@ -1,0 +1,193 @@
+"""From the parameters of a layer to what its forward computes with: the grid of the folded weight, and the bias.
+
+    k    = γ/sqrt(σ² + ε)        W_f = k·W        b_f = β + k·(b − μ)
+    s_b  = s_in·s_w              and s_w no smaller than the bias needs
+    e    = b̂ − b_f               the bias error, which training adds behind BatchNorm
+
+Functions of tensors and of two quantizers that keep no tensors, so that they can be compiled as they stand.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.fake_quantize import BiasQuantizer, FakeQuantize
+from qbench.fake_quantize.base import is_hooked
+from qbench.numerics.blocks import at_hand, on_gpu
+from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
+from qbench.numerics.generated import Tensors, generated
+from qbench.numerics.qparams import QParams
+from qbench.numerics.straight_through import straight_through
+from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Folding:
+    """How a layer folds and quantizes.
+
+    Attributes:
+        layout: Where the weight keeps its output channels.
+        weight_quantizer: Finds the weight's grid.
+        bias_quantizer: Finds the bias's; None where the bias stays float.
+    """
+
+    layout: WeightLayout
+    weight_quantizer: FakeQuantize
+    bias_quantizer: BiasQuantizer | None
+
+    def parameters(
+        self, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors | None, input_scale: Tensor | None
+    ) -> tuple[WeightGrid, Tensor, Tensor | None]:
+        """Grid of the folded weight, folded bias `b_f` (out,), and the bias scale.
+
+        The scale is None where there is none: the input or the weight is in float.
+
+        Args:
+            weight: `W`.
+            bias: `b`, (out,), or None.
+            bn: The BatchNorm's tensors, or None.
+            input_scale: `s_in`, (), or None.
+        """
+        factor = None if bn is None else fold_factor(bn)
+        if bn is not None and factor is not None:
+            folded = fold_bias(bias, bn, factor)
+        else:
+            folded = weight.new_zeros(self.layout.out_channels(weight)) if bias is None else bias
+        quantizer = self.bias_quantizer
+        grid = self._grid(weight, factor, None)
+        if input_scale is None or quantizer is None:
+            return grid, folded, None
+        scale = quantizer.scale(folded, input_scale, grid.channel_scale())
+        if not quantizer.surely_fits(folded, scale):
+            grid = self._grid(weight, factor, quantizer.weight_scale_floor(folded, input_scale))
+            scale = quantizer.scale(folded, input_scale, grid.channel_scale())
+        return grid, folded, scale
+
+    def _grid(self, weight: Tensor, factor: Tensor | None, floor: Tensor | None) -> WeightGrid:
+        quantizer, layout = self.weight_quantizer, self.layout
+        weight = quantizer.shaped(weight) if quantizer.fake_quant_enabled else weight
+        if quantizer.scales_with_tensor and not (layout.transposed and layout.groups > 1):
+            rounding = quantizer.fake_quantize if quantizer.clips else None
+            return moving_grid(weight, factor, layout, quantizer.qparams_of(weight), floor, rounding)
+        power_of_two, rounding = quantizer.spec.power_of_two, quantizer.fake_quantize
+        return folded_grid(
+            weight, factor, layout, quantizer.qparams_of, floor, power_of_two=power_of_two, rounding=rounding
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingParameters:
+    """What a layer computes with where BatchNorm normalises with the batch's statistics.
+
+    Attributes:
+        weight: `Ŵ/k`, with the gradient to `W`.
+        qparams: Its grid, or None where it lies on none.
+        error: `e`, (out,), without a gradient; None where the bias stays float.
+        silenced: Bool (out,): channels whose weights are all 0; None where there is none.
+    """
+
+    weight: Tensor
+    qparams: QParams | None
+    error: Tensor | None
+    silenced: Tensor | None
+
+
+@torch.no_grad()
+def bias_error(folding: Folding, folded: Tensor, scale: Tensor | None) -> Tensor | None:
+    """`e = b̂ − b_f`, (out,); None where the bias stays float."""
+    quantizer = folding.bias_quantizer
+    return None if scale is None or quantizer is None else quantizer(folded, scale) - folded
+
+
+def generated_parameters(
+    folding: Folding, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors, input_scale: Tensor | None
+) -> TrainingParameters | None:
+    """`Ŵ/k` and `e` by generated code; None where there is none for it: other quantizers than min–max, groups.
+
+    Args:
+        folding: How.
+        weight: `W`, float32.
+        bias: `b`, (out,), or None.
+        bn: The BatchNorm's tensors.
+        input_scale: `s_in`, (), or None.
+    """
+    rows = _rows(weight)
+    if rows is None or not _is_served(folding) or not (at_hand(weight) or on_gpu(weight)):
+        return None
+    code = generated(_training_parameters, _sample, _rule_of(folding), bn.eps, weight.device.type)
+    if not code.ready():
+        return None
+    given = rows, bias, bn.gamma, bn.beta, bn.mean, bn.var, input_scale
+    value, step, error, silenced = code(*given)
+    assert value is not None and step is not None
+    moved = weight if weight.is_contiguous() else weight.movedim(1, -1)
+    value = value.view(moved.shape)
+    value = value if weight.is_contiguous() else value.movedim(-1, 1)
+    spec = folding.weight_quantizer.spec
+    qparams = QParams(step, torch.zeros_like(step, dtype=torch.int32), spec.qmin, spec.qmax, spec.axis)
+    return TrainingParameters(straight_through(weight, value), qparams, error, silenced)
+
+
+def _training_parameters(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    input_scale: Tensor | None,
+    folding: Folding,
+    eps: float,
+    device: str,
+) -> Tensors:
+    """`Ŵ/k`, (out, …), its step (out,), `e` and the channels that are silenced, (out,)."""
+    grid, folded, scale = folding.parameters(weight, bias, BatchNormTensors(gamma, beta, mean, var, eps), input_scale)
+    qparams = grid.unfolded_qparams()
+    assert qparams is not None
+    return grid.unfolded(), qparams.scale, bias_error(folding, folded, scale), grid.silenced
+
+
+def _sample(folding: Folding, eps: float, device: str) -> list[Tensor | None]:
+    """Arguments of `_training_parameters` with channels of every kind: usual ones, γ = 0, no weights, a huge bias."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 45, generator=generator)
+    weight[3] = 0.0
+    gamma, beta, mean = torch.randn(3, 24, generator=generator)
+    gamma[5], beta[7] = 0.0, 1e6
+    var = torch.rand(24, generator=generator) + 0.1
+    found = [weight, gamma, beta, mean, var, torch.tensor(0.02)]
+    weight, *others = (value.to(device) for value in found)
+    return [weight, None, *others]
+
+
+def _rows(weight: Tensor) -> Tensor | None:
+    """A weight (out, …) as (out, values), in the order of memory; None where it has gaps."""
+    if weight.is_contiguous():
+        return weight.detach().flatten(1)
+    moved = weight.detach().movedim(1, -1)
+    return moved.flatten(1) if moved.is_contiguous() else None
+
+
+def _is_served(folding: Folding) -> bool:
+    quantizer = folding.weight_quantizer
+    plain = type(quantizer) is FakeQuantize and quantizer.fake_quant_enabled and quantizer.stateless
+    per_channel = quantizer.spec.axis == 0 and quantizer.spec.group_size is None
+    moving = plain and per_channel and quantizer.scales_with_tensor and not quantizer.clips
+    return moving and not folding.layout.transposed and not is_hooked(quantizer, quantizer.observer)
+
+
+# One for all that are configured alike, so that their layers share code.
+_RULES: dict[Any, Folding] = {}
+
+
+def _rule_of(folding: Folding) -> Folding:
+    observer, quantizer = folding.weight_quantizer.observer, folding.bias_quantizer
+    key = folding.weight_quantizer.spec, type(observer), observer.settings(), quantizer and quantizer.spec
+    if key not in _RULES:
+        _RULES[key] = copy.deepcopy(folding)
+    return _RULES[key]

@@ -1,0 +1,138 @@
+"""Functions of tensors as generated code: one `torch.compile` each, for all sizes, with the function itself behind it.
+
+    call   →   compiled once a configuration, checked once against the eager function, bit for bit   →   generated code
+                        |                          |
+                no compiler, an error       other bits: the eager function from then on, with one line in the log
+
+Whole models compile as well; this is for eager training, where a few functions a layer are worth generating and the
+rest of a model need not be traceable. Functions are of tensors and of constants: dynamo's guards then are on tensors
+alone, no module is looked at in a call, and layers of the same configuration share one piece of code.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import logging
+import types
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor | None, ...]
+
+_LOG = logging.getLogger("qbench")
+_NUMBERS = itertools.count()
+# Why there is no generated code in this process: one failing compiler is enough to know.
+_refused: list[str] = []
+
+
+class Generated:
+    """A function as generated code.
+
+    Args:
+        function: Of tensors (or None) first, then of `constants`; answers with a tuple of tensors. It may write to its
+            arguments.
+        constants: What else it is called with.
+        sample: Makes arguments, given the constants, on which generated and eager code must agree, bit for bit; sums in
+            it must be exact in any order.
+
+    Attributes:
+        failed: Why it is the eager function after all; empty where it is generated.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensors],
+        constants: tuple[Any, ...],
+        sample: Callable[..., Sequence[Tensor | None]],
+    ) -> None:
+        self.failed = ""
+        self._eager = functools.partial(_call, function, constants)
+        self._compiled = _compiled(function, constants)
+        self._sample = functools.partial(sample, *constants)
+        self._checked = False
+
+    def ready(self) -> bool:
+        """Whether it is generated code; compiles and checks it at the first question."""
+        if not self._checked and not self.failed:
+            self._checked = True
+            self._check()
+        return not self.failed
+
+    def __call__(self, *tensors: Tensor | None) -> Tensors:
+        """The function's answer; from the eager function where compiling for these arguments fails."""
+        if not self.failed:
+            try:
+                # The sizes of a Parameter would be constants to dynamo.
+                return self._compiled(*(None if tensor is None else tensor.detach() for tensor in tensors))
+            except Exception as error:  # whatever a compiler raises, before anything was computed
+                self._give_up(error)
+        return self._eager(*tensors)
+
+    def _check(self) -> None:
+        if _refused:
+            self.failed = _refused[0]
+            return
+        ours, theirs = self._sample(), self._sample()
+        try:
+            found = self._compiled(*ours)
+        except Exception as error:  # whatever a compiler raises
+            self._give_up(error)
+            _refused.append(self.failed)
+            return
+        wanted = self._eager(*theirs)
+        pairs = itertools.chain(zip(found, wanted, strict=True), zip(ours, theirs, strict=True))
+        if not all(_equal(a, b) for a, b in pairs):
+            self._give_up("generated code gives other bits than PyTorch's operators here")
+
+    def _give_up(self, reason: object) -> None:
+        text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+        self.failed = text
+        _LOG.warning("fast path: %s; the plain path goes on, with the same codes", text)
+
+
+def _call(function: Callable[..., Tensors], constants: tuple[Any, ...], *tensors: Tensor | None) -> Tensors:
+    return function(*tensors, *constants)
+
+
+def _compiled(function: Callable[..., Tensors], constants: tuple[Any, ...]) -> Callable[..., Tensors]:
+    def call(*tensors: Tensor | None) -> Tensors:
+        return function(*tensors, *constants)
+
+    importlib.import_module("torch._inductor.inductor_prims")  # registers prims.fma
+    # dynamo keeps compiled code by code object: with one of its own, nothing is shared with other constants.
+    code = call.__code__.replace(co_name=f"{function.__name__}_{next(_NUMBERS)}")
+    own = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+    options: dict[str, Any] = {"guard_filter_fn": _on_arguments}
+    return torch.compile(own, fullgraph=True, dynamic=True, options=options)
+
+
+def _on_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Keep the guards on arguments and on sizes; constants do not change."""
+    return [not entry.name or "'tensors'" in entry.name for entry in guards]
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
+
+
+@functools.lru_cache(maxsize=256)
+def generated(
+    function: Callable[..., Tensors], sample: Callable[..., Sequence[Tensor | None]], *constants: Hashable
+) -> Generated:
+    """The one `Generated` of a function and these constants."""
+    return Generated(function, constants, sample)
+
+
+def fma(x: Tensor, factor: Tensor, constant: Tensor) -> Tensor:
+    """`x·factor + constant`, rounded once: `addcmul`, which generated code for CPUs would round twice."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        found: Tensor = torch.ops.prims.fma(x, factor, constant)
+        return found
+    return torch.addcmul(constant, x, factor)
