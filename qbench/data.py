@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from qbench.errors import DataError, require
 
@@ -114,18 +114,39 @@ def digits(image_size: int = DIGITS_SIZE, split_seed: int = 0) -> ImageData:
     sklearn_datasets = require("sklearn.datasets", extra="data", purpose="load the digits images")
     bunch = sklearn_datasets.load_digits()
     labels = torch.from_numpy(bunch.target).long()
-    grey = torch.from_numpy(bunch.images).float().unsqueeze(1)  # (1797, 1, 8, 8), 0..16
-    images = torch.nn.functional.interpolate(
-        grey / 8 - 1, size=(image_size, image_size), mode="bilinear", align_corners=False
-    ).repeat(1, 3, 1, 1)
+    grey = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1  # (1797, 1, 8, 8), 0..16 -> -1..1
     train, held_out = stratified_split(bunch.target.tolist(), 0.25, split_seed)
     return ImageData(
         name="digits",
-        train=TensorDataset(images[train], labels[train]),
-        held_out=TensorDataset(images[held_out], labels[held_out]),
+        train=GreyImages(grey[train], labels[train], image_size),
+        held_out=GreyImages(grey[held_out], labels[held_out], image_size),
         classes=tuple(str(name) for name in bunch.target_names),
         image_size=image_size,
     )
+
+
+class GreyImages(Dataset[Sample]):
+    """Small grey images, scaled up when asked for: all of them at 224 pixels would be a gigabyte.
+
+    Args:
+        grey: (n, 1, height, width) float32.
+        labels: (n,) int64.
+        image_size: Height and width of what is handed out, in pixels.
+    """
+
+    def __init__(self, grey: Tensor, labels: Tensor, image_size: int) -> None:
+        self.grey, self.labels, self.image_size = grey, labels, image_size
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int | slice) -> Sample:
+        """Image (3, size, size) and label; of a slice (n, 3, size, size) and (n,)."""
+        grey, size = self.grey[index], (self.image_size, self.image_size)
+        batch = grey.reshape(-1, *self.grey.shape[1:])  # (1, height, width) -> (1, 1, height, width)
+        scaled = torch.nn.functional.interpolate(batch, size=size, mode="bilinear", align_corners=False)
+        images = scaled.repeat(1, 3, 1, 1)
+        return images.reshape(*grey.shape[:-3], 3, *size), self.labels[index]
 
 
 def image_folder(folder: Path, image_size: int = FOLDER_SIZE, split_seed: int = 0) -> ImageData:

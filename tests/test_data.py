@@ -53,6 +53,16 @@ def test_digits_are_scikit_learns_images_scaled_up(digits: data.ImageData) -> No
     assert all(((small.train[i][0][0] + 1) * 8).numpy().tobytes() in originals for i in range(50))
 
 
+def test_digits_are_scaled_up_one_by_one_as_all_at_once() -> None:
+    large = data.load("digits", image_size=224).held_out
+    images, labels = large[3:9]
+    assert images.shape == (6, 3, 224, 224) and images.is_contiguous() and large[3][0].is_contiguous()
+    for index in range(6):
+        assert torch.equal(large[3 + index][0], images[index]) and torch.equal(large[3 + index][1], labels[index])
+    held = [value for value in vars(large).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) < 2**20, "the large images are not kept"
+
+
 def test_digits_split_is_disjoint_complete_and_stratified(digits: data.ImageData) -> None:
     small = data.load("digits", image_size=8)
     train = [small.train[i][0].numpy().tobytes() for i in range(len(small.train))]
