@@ -223,3 +223,13 @@ def test_nothing_to_quantize_is_refused() -> None:
     model = Calls(lambda m, x: m.head(x, x), head=nn.Bilinear(12, 12, 2))
     with pytest.raises(PreparationError, match="nothing to quantize"):
         qbench.profile_qat(model, example_inputs=(X,))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_the_columns_add_up_as_well() -> None:
+    state = torch.cuda.get_rng_state()
+    found = qbench.profile_qat(net().cuda(), example_inputs=(X.cuda(),), rounds=3)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert all(row.in_qat.forward > 0 and row.in_qat.backward > 0 for row in found.layers)
+    assert found.total.in_qat.seconds == pytest.approx(sum(row.in_qat.seconds for row in found.rows))
+    assert 0 < found.qat_step.seconds < 10 and found.settings["device"] == torch.cuda.get_device_name()
