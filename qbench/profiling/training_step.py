@@ -239,7 +239,7 @@ def _profile(
 
     rows = [row(path, *pair) for path, pair in pairs.items()]
     ratios = [own / base for own, base in zip(qat.seconds(), plain.seconds(), strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return TrainingProfile(
         model=name,
         layers=tuple(row for row in rows if row.in_float.seconds or row.in_qat.seconds),
