@@ -254,6 +254,7 @@ def _add_measured(parser: argparse.ArgumentParser) -> None:
     methods = ", ".join(method.name for method in METHODS)
     group.add_argument("--method", default="fixed", help=f"{methods} (default: %(default)s)")
     group.add_argument("--low-memory", action="store_true", help="save codes for backward: qbench.enable_low_memory")
+    group.add_argument("--fast-path", action="store_true", help="train by generated code: qbench.enable_fast_path")
     group.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: %(default)s")
     group.add_argument("--image-size", type=_positive, default=224, metavar="PX", help="default: %(default)s")
     group.add_argument("--channels-last", action="store_true", help="the memory format of images and weights")

@@ -30,6 +30,7 @@ def profile_named(
     channels_last: bool = False,
     autocast: str = "no",
     low_memory: bool = False,
+    fast_path: bool = False,
     rounds: int = 11,
     threads: int | None = None,
     **options: Any,
@@ -45,6 +46,7 @@ def profile_named(
         channels_last: Whether images and weights are in that memory format.
         autocast: `"no"`, `"bfloat16"` or `"float16"`.
         low_memory: As for `profile_qat`.
+        fast_path: As for `profile_qat`.
         rounds: As for `profile_qat`.
         threads: Threads of torch; None leaves them as they are.
         options: As for `get_qconfig`: weight_bits, method, …
@@ -71,6 +73,7 @@ def profile_named(
         prepare_by_target(float_model, target, example_inputs=(images,), **options),
         example_inputs=(images,),
         low_memory=low_memory,
+        fast_path=fast_path,
         autocast=AUTOCAST[autocast],
         rounds=rounds,
     )

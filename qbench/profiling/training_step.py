@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from qbench.errors import ConfigError, QBenchError
 from qbench.fusion import fuse
-from qbench.nn.qat.switches import enable_low_memory
+from qbench.nn.qat.switches import enable_fast_path, enable_low_memory
 from qbench.profiling.pairs import Pairs, has_quantized, in_training, paired_layers, prepared, twin_of
 from qbench.profiling.saved import counting_saved
 from qbench.profiling.timeline import OPTIMIZER, OUTSIDE, Clock, CudaClock, HostClock, Watch
@@ -45,6 +45,7 @@ def profile_qat(
     example_inputs: tuple[Any, ...],
     qconfig: QConfig | None = None,
     low_memory: bool = False,
+    fast_path: bool = False,
     loss: Loss | None = None,
     autocast: torch.dtype | None = None,
     rounds: int = 11,
@@ -60,6 +61,7 @@ def profile_qat(
         example_inputs: One tuple of inputs: a batch of the size that you train with.
         qconfig: Of the QAT form, where there is none yet; the default is the model's own, or `get_qconfig()`.
         low_memory: Whether the QAT form saves codes for backward: see `enable_low_memory`.
+        fast_path: Whether it trains by generated code: see `enable_fast_path`.
         loss: Makes a scalar of what a model returns; the default is the mean of squares.
         autocast: Run forwards under autocast to this dtype, `torch.bfloat16` say.
         rounds: How often each model takes a step of either kind.
@@ -84,6 +86,8 @@ def profile_qat(
         qat = in_training(qat)
         if low_memory:
             qat.apply(enable_low_memory)
+        if fast_path:
+            qat.apply(enable_fast_path)
         models = {"float": twin_of(qat, model, fused), "QAT": qat}
         step.try_on(qat, "QAT")
         pairs = paired_layers(models["float"], qat)

@@ -40,7 +40,7 @@ def line(nets: str, *more: str) -> list[str]:
 
 def test_it_prints_a_table_and_writes_json(nets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "profile.json"
-    options = ["--order", "model", "--top", "2", "--json", str(file), "--low-memory", "--channels-last"]
+    options = ["--order", "model", "--top", "2", "--json", str(file), "--low-memory", "--channels-last", "--fast-path"]
     assert cli.main(line(nets, *options, "--threads", "1", "--target", "xnnpack", "--method", "lsq")) == 0
     out, err = capsys.readouterr()
     profile = TrainingProfile.from_json(file.read_text(encoding="utf-8"))

@@ -76,6 +76,23 @@ def test_saved_bytes_do_not_depend_on_rounds_and_fall_with_low_memory() -> None:
     assert again.rounds == 3 and again.ratio[0] <= again.ratio[1] <= again.ratio[2]
 
 
+def test_switches_reach_the_qat_form_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[bool, bool]] = set()
+    forward = qbench.nn.intrinsic.qat.ConvBnReLU2d.forward
+
+    def noting(layer: Any, *args: Any) -> Tensor:
+        seen.add((layer.low_memory, layer.fast_path))
+        layer.fast_path = False  # nothing is to be compiled here
+        return forward(layer, *args)
+
+    model = tiny()
+    qat = prepared(model)
+    monkeypatch.setattr(qbench.nn.intrinsic.qat.ConvBnReLU2d, "forward", noting)
+    qbench.profile_qat(model, qat, example_inputs=(X,), rounds=1, low_memory=True, fast_path=True)
+    assert (True, True) in seen
+    assert not any(getattr(layer, "low_memory", False) or getattr(layer, "fast_path", False) for layer in qat.modules())
+
+
 def test_nothing_is_changed() -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         return m.conv(x.mul_(2))
