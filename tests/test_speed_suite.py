@@ -173,7 +173,13 @@ def test_targets_around_the_step() -> None:
     assert [check.met for check in checks(fast, [])] == [False, True]
 
 
-def test_the_page_has_every_part_and_escapes_reasons() -> None:
+def test_the_page_counts_operators_that_stay_in_float() -> None:
+    row = Job("deployed", (), "efficientnet_b0").row("int8 ONNX Runtime", float_nodes=["Mul a", "Mul b"], seconds=1.0)
+    text = page([{**row, **ABOUT, "speed": {"float eager": 2.0}}])
+    assert "| Mul ×2 |" in text and "float operators 2.00, ≤ 0: **not met**" in text
+
+
+def test_the_page_names_targets_and_escapes_reasons() -> None:
     rows = [step_row("float"), step_row("qbench plain", ratio=1.5), {**STEP.row("Brevitas", refused="a | b"), **ABOUT}]
     text = page(rows)
     assert "## a processor, 1 threads, PyTorch 2" in text and "1 of 2 targets are met." in text

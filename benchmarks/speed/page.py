@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -102,7 +103,8 @@ def _speed(base: str) -> Callable[[Row, list[Row]], str]:
 
 
 def _left(row: Row, rows: list[Row]) -> str:
-    return ", ".join(row["float_nodes"]) or "none"
+    counts = Counter(node.split()[0] for node in row["float_nodes"])
+    return _list(f"{name} ×{count}" for name, count in counts.items()) or "none"
 
 
 def _list(values: Iterable[Any]) -> str:

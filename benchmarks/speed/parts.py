@@ -81,7 +81,7 @@ PARTS = {
     ),
     "kernels": Part(kernels.kernels, lambda o: [Job("kernels", tuple(kernels.GROUPS), "resnet18", 1, _PX)]),
     "streaming": Part(
-        images.streaming, lambda o: [Job("streaming", ("32", "128", "512"), "resnet18", 8, 32)], alone=True
+        images.streaming, lambda o: [Job("streaming", ("128", "512", "1024"), "resnet18", 8, 32)], alone=True
     ),
     "loading": Part(
         images.loading, lambda o: [Job("loading", ("0", "1", "2"), "resnet18", 16, _PX)], devices=("cpu", "cuda")
