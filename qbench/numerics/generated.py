@@ -16,6 +16,7 @@ import importlib
 import itertools
 import logging
 import types
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ class Generated:
             self._check()
         return not self.failed
 
+    @torch.no_grad()
     def __call__(self, *tensors: Tensor | None) -> Tensors:
         """The function's answer; from the eager function where compiling for these arguments fails."""
         if not self.failed:
@@ -73,13 +75,16 @@ class Generated:
                 self._give_up(error)
         return self._eager(*tensors)
 
+    @torch.no_grad()
     def _check(self) -> None:
         if _refused:
             self.failed = _refused[0]
             return
         ours, theirs = self._sample(), self._sample()
         try:
-            found = self._compiled(*ours)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own imports
+                found = self._compiled(*ours)
         except Exception as error:  # whatever a compiler raises
             self._give_up(error)
             _refused.append(self.failed)

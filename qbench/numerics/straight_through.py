@@ -36,6 +36,8 @@ class _Replace(torch.autograd.Function):
 
 def straight_through(source: Tensor, value: Tensor) -> Tensor:
     """`value` going forward, the gradient to `source` going backward; same shape."""
+    if not torch.is_grad_enabled():
+        return value.detach()
     return _Replace.apply(source, value.detach())
 
 
@@ -251,4 +253,6 @@ class _FakeQuantizeBias(torch.autograd.Function):
 
 def fake_quantize_bias_ste(bias: Tensor, scale: Tensor, bits: int) -> Tensor:
     """`b̂ = f32(q_b · s_b)` with gradients to the bias (1, or 0 where saturated) and to its scale (the residual)."""
+    if not torch.is_grad_enabled():
+        return dequantize_bias(bias_codes(bias, scale, bits)[0], scale, bits)
     return _FakeQuantizeBias.apply(bias, scale, bits)

@@ -1,0 +1,336 @@
+"""Generated code against the plain path: codes for the same statistics, training, life without a compiler."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qbench
+from qbench.fake_quantize import FakeQuantize
+from qbench.nn.qat import parameters as parameters_module
+from qbench.nn.qat.epilogue import rule_of
+from qbench.nn.qat.layer import QatLayer
+from qbench.numerics import generated as generated_module
+from qbench.numerics import generated_epilogue
+from qbench.numerics.fused import Statistics
+from qbench.numerics.generated import Generated
+from qbench.numerics.generated_epilogue import Moved, Plan, generated_code, normalize_clip_quantize
+from qbench.numerics.qparams import QSpec, fake_quantize, inside_range
+from qbench.observers import MovingAverageMinMaxObserver
+
+# Compiling takes its time: the second layout is for the long run.
+LAYOUTS = (
+    pytest.param(torch.contiguous_format, id="contiguous"),
+    pytest.param(torch.channels_last, id="channels_last", marks=pytest.mark.slow),
+)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, groups=12, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 7, 1, bias=False),
+        nn.BatchNorm2d(7),
+    )
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    images = (torch.randn(2, 3, 12, 12),)
+    return qbench.prepare_qat(qbench.fuse(model), qconfig=qbench.get_qconfig(), example_inputs=images).train()
+
+
+def batches(memory_format: torch.memory_format = torch.contiguous_format, count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(5, 3, 12, 12, generator=generator) * 2 + 1).contiguous(memory_format=memory_format)
+        for _ in range(count)
+    ]
+
+
+def trained(model: nn.Module, images: list[Tensor]) -> tuple[nn.Module, list[Tensor]]:
+    """The outputs of each step, and the model behind them."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    found = []
+    for x in images:
+        optimizer.zero_grad()
+        y = model(x)
+        y.square().mean().backward()
+        optimizer.step()
+        found.append(y.detach())
+    return model, found
+
+
+def generated_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The generated functions that are called from now on, by the compiled code that answers."""
+    calls: list[str] = []
+    plain = Generated.__call__
+
+    def noted(self: Generated, *tensors: Tensor | None) -> object:
+        found = plain(self, *tensors)
+        calls.append(self.failed or "generated")
+        return found
+
+    monkeypatch.setattr(Generated, "__call__", noted)
+    return calls
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+def test_codes_and_masks_are_those_of_the_steps_for_the_same_statistics(memory_format: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(2)
+    plan = Plan(
+        memory_format is torch.channels_last,
+        0.1,
+        1e-5,
+        0.0,
+        math.inf,
+        QSpec(),
+        rule_of(MovingAverageMinMaxObserver(QSpec())),
+        "cpu",
+    )
+    code = generated_code(plan)
+    assert code is not None
+    different, values, masked = 0, 0, 0
+    for shape in ((4, 24, 9, 9), (2, 7, 33, 5), (16, 130, 1, 1), (3, 64, 28, 28)):
+        y = (torch.randn(shape, generator=generator) * 3 + 1).contiguous(memory_format=memory_format).requires_grad_()
+        gamma, beta, error = torch.randn(3, shape[1], generator=generator)
+        gamma.requires_grad_(), beta.requires_grad_()
+        if plan.last and y.is_contiguous():  # one pixel: both layouts are one
+            continue
+        quantizer = FakeQuantize(QSpec(), MovingAverageMinMaxObserver(QSpec()))
+        moved = Moved(
+            Statistics(torch.zeros(shape[1]), torch.ones(shape[1]), 0.1, 1e-5),
+            None,
+            quantizer.scale,
+            quantizer.zero_point,
+            quantizer.observer.state(),
+        )
+        out = normalize_clip_quantize(y, gamma, beta, error, moved, code)
+        mean, inverse = out.grad_fn.saved_tensors[4:6]  # type: ignore[union-attr]
+        given = torch.randn(shape, generator=generator)
+        out.backward(given)
+
+        with torch.no_grad():
+            wide = (1, -1, 1, 1)
+            factor = inverse * gamma
+            constant = torch.addcmul(beta + error, -mean, factor)
+            v = torch.addcmul(constant.view(wide), y, factor.view(wide))
+            a = v.relu()
+            reference = FakeQuantize(QSpec(), MovingAverageMinMaxObserver(QSpec()))
+            wanted = reference.train()(a)
+            grid = reference.snapshot()
+            inside = inside_range(a, grid) & (v > 0)
+        assert torch.equal(quantizer.scale, reference.scale) and torch.equal(quantizer.zero_point, reference.zero_point)
+        assert torch.equal(quantizer.observer.min_val, reference.observer.min_val)
+        assert torch.equal(quantizer.observer.max_val, reference.observer.max_val)
+        different += int((out.detach() != wanted).sum())
+        different += int((wanted != fake_quantize(a, grid)).sum())
+        values += out.numel()
+        masked += int((~inside).sum())
+        # β's gradient is the sum of the mask's choice: float64 of the same values.
+        total = (given * inside).double().sum((0, 2, 3))
+        assert beta.grad is not None
+        torch.testing.assert_close(beta.grad.double(), total, rtol=1e-5, atol=1e-4)
+    assert values > 150_000 and masked > 10_000
+    assert different == 0
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+def test_statistics_and_gradients_are_those_of_batch_norm(memory_format: torch.memory_format) -> None:
+    """Against PyTorch in float64, where nothing is rounded away, for data whose mean is large beside its deviation."""
+    plan = Plan(memory_format is torch.channels_last, 0.1, 1e-5, -math.inf, math.inf, QSpec(bits=16), None, "cpu")
+    code = generated_code(plan)
+    assert code is not None
+    generator = torch.Generator().manual_seed(3)
+    y = (torch.randn(6, 10, 30, 30, generator=generator) + 300).contiguous(memory_format=memory_format)
+    gamma, beta = torch.rand(10, generator=generator) + 0.5, torch.randn(10, generator=generator)
+    ours, theirs = y.clone().requires_grad_(), y.double().requires_grad_()
+    bn = nn.BatchNorm2d(10).double()
+    with torch.no_grad():
+        bn.weight.copy_(gamma), bn.bias.copy_(beta)
+    running = torch.zeros(10), torch.ones(10)
+    grid = torch.tensor(4e-4), torch.tensor(0, dtype=torch.int32)
+    moved = Moved(Statistics(*running, 0.1, 1e-5), None, *grid, ())
+    parameters = gamma.clone().requires_grad_(), beta.clone().requires_grad_()
+    given = torch.randn(y.shape, generator=generator)
+    out = normalize_clip_quantize(ours, *parameters, None, moved, code)
+    wanted = bn(theirs)
+    out.backward(given)
+    wanted.backward(given.double())
+    assert (out - wanted).abs().max() < 4e-4  # half a step, and float32's own error at 300
+    torch.testing.assert_close(running[0].double(), bn.running_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(running[1].double(), bn.running_var, rtol=1e-4, atol=0)
+    for mine, their in zip((ours, *parameters), (theirs, bn.weight, bn.bias), strict=True):
+        assert mine.grad is not None and their.grad is not None
+        torch.testing.assert_close(mine.grad.double(), their.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+def test_training_is_that_of_the_plain_path(
+    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepared(network()).to(memory_format=memory_format)  # type: ignore[call-overload]
+    images = batches(memory_format)
+    plain, expected = trained(model, images)
+    calls = generated_calls(monkeypatch)
+    fast, found = trained(model.apply(qbench.enable_fast_path), images)
+    assert calls == ["generated"] * 3 * 3 * 3  # layers, steps; parameters, forward, backward
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().mean() < 1e-2 * theirs.abs().mean()
+    ours, theirs = fast.state_dict(), plain.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, theirs[name], rtol=2e-2, atol=2e-3)
+
+
+def test_weights_and_bias_errors_are_those_of_the_plain_path() -> None:
+    model, _ = trained(prepared(network()), batches())
+    layers = [m for m in model.modules() if isinstance(m, QatLayer)]
+    with torch.no_grad():
+        layers[0].bn.weight[2] = 0.0
+        layers[1].bn.bias[3] = 1e6  # beyond what the bias holds: the floor coarsens the weights
+    for layer in layers:
+        plain = layer._training_parameters()
+        layer.apply(qbench.enable_fast_path)
+        fast = layer._training_parameters()
+        assert torch.equal(plain.weight, fast.weight)
+        assert plain.error is not None and fast.error is not None and torch.equal(plain.error, fast.error)
+        assert plain.qparams is not None and fast.qparams is not None
+        assert torch.equal(plain.qparams.scale, fast.qparams.scale)
+        silenced = torch.zeros_like(plain.error, dtype=torch.bool) if plain.silenced is None else plain.silenced
+        assert fast.silenced is not None and torch.equal(silenced, fast.silenced)
+
+
+def test_what_was_trained_is_what_is_converted() -> None:
+    model, _ = trained(prepared(network()).apply(qbench.enable_fast_path), batches())
+    model.eval()
+    x = batches()[0]
+    program = qbench.convert(model, example_inputs=(x,))
+    assert int((model(x) != program.module()(x)).sum()) == 0
+
+
+def test_models_are_copied_and_stored_with_the_switch() -> None:
+    model, _ = trained(prepared(network()).apply(qbench.enable_fast_path), batches(count=1))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layers = [m for m in other.modules() if isinstance(m, QatLayer)]
+        assert all(layer.fast_path for layer in layers)
+        other(batches()[0])
+        other.apply(qbench.disable_fast_path)
+        assert not any(layer.fast_path for layer in layers)
+
+
+def test_gradients_are_the_same_with_low_memory() -> None:
+    model = prepared(network()).apply(qbench.enable_fast_path)
+    plain, first = trained(model, batches())
+    low, second = trained(model.apply(qbench.enable_low_memory), batches())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), low.state_dict().values(), strict=True))
+
+
+class TestWithoutACompiler:
+    @pytest.fixture(autouse=True)
+    def failing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A compiler that fails, in a process that has not compiled anything."""
+
+        def compile(*args: object, **kwargs: object) -> object:
+            def call(*tensors: Tensor) -> object:
+                raise RuntimeError("no working C++ compiler: g++")
+
+            return call
+
+        def fresh(function: object, sample: object, *constants: object) -> Generated:
+            return made.setdefault((function, constants), Generated(function, constants, sample))  # type: ignore[arg-type]
+
+        made: dict[object, Generated] = {}
+        monkeypatch.setattr(torch, "compile", compile)
+        monkeypatch.setattr(generated_module, "_refused", [])
+        for module in (generated_epilogue, parameters_module):
+            monkeypatch.setattr(module, "generated", fresh)
+
+    def test_the_plain_path_goes_on_with_one_line_in_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = prepared(network())
+        plain, expected = trained(model, batches())
+        with caplog.at_level(logging.INFO, "qbench"):
+            fast, found = trained(model.apply(qbench.enable_fast_path), batches())
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        for ours, theirs in zip(fast.state_dict().values(), plain.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs)
+        lines = [record.message for record in caplog.records]
+        assert len(lines) == 1
+        assert "no working C++ compiler" in lines[0] and "plain path" in lines[0]
+
+
+def _twice(x: Tensor | None, factor: float) -> tuple[Tensor]:
+    assert x is not None
+    return (x * factor,)
+
+
+def _ones(factor: float) -> list[Tensor | None]:
+    return [torch.ones(3)]
+
+
+class TestGenerated:
+    def test_an_error_of_the_compiler_in_the_middle_of_training_is_caught(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sizes: list[int] = []
+
+        def compile(function: object, **kwargs: object) -> object:
+            def call(x: Tensor) -> object:
+                sizes.append(len(x))
+                if len(x) == 5:
+                    raise RuntimeError("disk full")
+                return function(x)  # type: ignore[operator]
+
+            return call
+
+        monkeypatch.setattr(torch, "compile", compile)
+        code = Generated(_twice, (2.0,), _ones)
+        assert code.ready() and not code.failed
+        for size in (4, 5, 6):
+            assert torch.equal(code(torch.ones(size))[0], torch.full((size,), 2.0))  # type: ignore[arg-type]
+        assert sizes == [3, 4, 5]
+        assert "disk full" in code.failed and not code.ready()
+        assert [record.message.count("disk full") for record in caplog.records] == [1]
+
+    def test_other_bits_than_those_of_eager_operators_are_not_taken(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def compile(function: object, **kwargs: object) -> object:
+            return lambda x: (x * 2.0000002,)
+
+        monkeypatch.setattr(torch, "compile", compile)
+        code = Generated(_twice, (2.0,), _ones)
+        assert not code.ready() and "other bits" in code.failed
+        assert torch.equal(code(torch.ones(2))[0], torch.full((2,), 2.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.bn, "momentum", None),
+        lambda layer: layer.output_quantizer.observer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.double(),
+    ],
+    ids=["cumulative average", "watched", "float64"],
+)
+def test_what_it_cannot_serve_takes_the_plain_path(change: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(network()).apply(qbench.enable_fast_path)
+    layer = next(m for m in model.modules() if isinstance(m, QatLayer))
+    change(layer)  # type: ignore[operator]
+    calls = generated_calls(monkeypatch)
+    dtype = layer.linear_weight.dtype
+    assert torch.isfinite(layer(batches()[0].to(dtype))).all()
+    assert len(calls) == (0 if dtype is torch.float64 else 1)  # the parameters alone
