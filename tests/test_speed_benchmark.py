@@ -22,7 +22,9 @@ def rows(*forms: str) -> dict[str, dict[str, Any]]:
 def test_ratios_are_over_the_float_network() -> None:
     found = rows("qbench plain", "qbench low memory")
     assert found["float"]["ratio"] == found["float"]["saved_ratio"] == 1.0
-    assert found["qbench plain"]["ratio"] > 0
+    plain = found["qbench plain"]
+    assert plain["ratio"] > 0 and plain["start_seconds"] > plain["seconds"]
+    assert plain["over"]["float"][1] == plain["ratio"] and plain["over"]["qbench plain"] == [1.0, 1.0, 1.0]
     assert found["qbench low memory"]["saved_mib"] < found["qbench plain"]["saved_mib"]
 
 

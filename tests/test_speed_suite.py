@@ -52,6 +52,7 @@ def test_what_is_known_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
         yield from ({**step_row(form), **job.setting(), "form": form} for form in job.forms)
 
     monkeypatch.setattr(run, "measured", measured)
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
     options = ["--parts", "step", "--models", "resnet18", "--sizes", "8x128", "--threads", "1"]
     common = ["run", *options, "--layouts", "contiguous", "--forms", "float", "qbench plain", "qbench lsq"]
     common += ["--out", str(out), "--page", str(tmp_path / "page.md")]

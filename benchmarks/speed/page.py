@@ -122,13 +122,15 @@ _TABLES = {
     "step": _Table(
         "Training step",
         "Forward, backward and SGD. *Saved*: bytes of distinct storages that autograd keeps for backward, without "
-        "parameters, buffers and images.",
+        "parameters, buffers and images. *Start*: making the form and two steps; compilers keep what they made for the "
+        "next run.",
         {
             **_SETTING,
             **_FORM,
             "seconds": lambda row, rows: f"{row['seconds']:.3f}",
             "over float": lambda row, rows: f"{row['ratio']:.2f}",
             "quartiles": lambda row, rows: "{:.2f}–{:.2f}".format(*row["quartiles"]),
+            "start, s": lambda row, rows: f"{row['start_seconds']:.1f}",
             "saved, MiB": lambda row, rows: f"{row['saved_mib']:.0f}",
             "saved over float": lambda row, rows: f"{row['saved_ratio']:.2f}",
         },

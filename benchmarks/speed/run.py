@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,8 @@ def _process(job: Job, memory_gib: int, hours: float) -> tuple[list[Row], str]:
 def main() -> None:
     """Measure what is missing, then write the page."""
     options = _parsed()
+    # A run that is ended takes the process under way with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     wanted = Options(
         models=tuple(options.models),
         sizes=tuple(options.sizes),
