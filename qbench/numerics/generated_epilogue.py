@@ -14,6 +14,9 @@ kernel, so that statistics differ in the last bits. The shift by `c` keeps σ² 
 numbers; rows are summed in float32, sums of rows in float64.
 
 Tensors come as (outer, channels, inner) or, with channels last, as (outer, inner, channels).
+
+Without BatchNorm, a sum of activations for example, the same in place: one read for the ends, one read and write, and
+one byte a value that says whether its gradient passes.
 """
 
 from __future__ import annotations
@@ -26,19 +29,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qbench.numerics.blocks import dense
 from qbench.numerics.fused import Statistics
 from qbench.numerics.generated import Generated, Tensors, fma, generated
 from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What stays the same from step to step.
+class Rounding:
+    """An activation that clamps and the quantizer behind it, as far as they stay the same from step to step.
 
     Attributes:
-        last: Whether channels are the last axis.
-        momentum: Weight of the batch in the running statistics.
-        eps: `ε`.
         low: Lower bound of the activation; −inf where it has none.
         high: Upper bound of the activation; inf where it has none.
         spec: Of the output's grid.
@@ -46,14 +47,69 @@ class Plan:
         device: Type of the device.
     """
 
-    last: bool
-    momentum: float
-    eps: float
     low: float
     high: float
     spec: QSpec
     observer: Any
     device: str
+
+    def clip(self, v: Tensor) -> Tensor:
+        """The activation."""
+        if self.low == -math.inf and self.high == math.inf:
+            return v
+        return v.clamp(None if self.low == -math.inf else self.low, None if self.high == math.inf else self.high)
+
+    def move(
+        self, low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor, state: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The grid, `s` and `z`, after a tensor with these ends, as tensors of its own; writes what is remembered."""
+        if self.observer is not None:
+            low, high, *new = self.observer.follow(low, high, *state)
+            for old, value in zip(state, new, strict=True):
+                old.copy_(value)
+            found = choose_qparams(low, high, self.spec)
+            scale.copy_(found.scale)
+            zero_point.copy_(found.zero_point)
+        return scale.clone(), zero_point.clone()
+
+    def round(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The values of `clip(v)` on the grid."""
+        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
+        return (self.clip(v) * (1.0 / scale)).round().maximum(least).minimum(most) * scale
+
+    def passes(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Bool: where neither the activation nor the grid cuts, so that the gradient passes."""
+        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
+        steps = (v * (1.0 / scale)).round()
+        inside = (steps >= least) & (steps <= most)
+        if self.low > -math.inf:
+            inside = inside & (v > self.low)
+        if self.high < math.inf:
+            inside = inside & (v < self.high)
+        return inside
+
+    def sample(self) -> list[Tensor]:
+        """A grid and an observer's state, to try it with."""
+        state = () if self.observer is None else (value.clone() for value in self.observer.state())
+        found = [torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), *state]
+        return [value.to(self.device) for value in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What stays the same from step to step where there is a BatchNorm.
+
+    Attributes:
+        last: Whether channels are the last axis.
+        momentum: Weight of the batch in the running statistics.
+        eps: `ε`.
+        rounding: What follows.
+    """
+
+    last: bool
+    momentum: float
+    eps: float
+    rounding: Rounding
 
     def wide(self, values: Tensor) -> Tensor:
         """(channels,), shaped so that it broadcasts against (outer, …)."""
@@ -66,12 +122,6 @@ class Plan:
     def count(self, y: Tensor) -> Any:
         """Values per channel."""
         return y.shape[0] * y.shape[self.rows(y)]
-
-    def clip(self, v: Tensor) -> Tensor:
-        """The activation."""
-        if self.low == -math.inf and self.high == math.inf:
-            return v
-        return v.clamp(None if self.low == -math.inf else self.low, None if self.high == math.inf else self.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,21 +280,11 @@ def forward(
 
     factor, constant = _affine(gamma, _sum(beta, error), mean, inverse)
     ends = fma(lowest, factor, constant), fma(highest, factor, constant)
-    low, high = plan.clip(torch.minimum(*ends)).amin(), plan.clip(torch.maximum(*ends)).amax()
-    if plan.observer is not None:
-        low, high, *new = plan.observer.follow(low, high, *state)
-        for old, value in zip(state, new, strict=True):
-            old.copy_(value)
-        found = choose_qparams(low, high, plan.spec)
-        scale.copy_(found.scale)
-        zero_point.copy_(found.zero_point)
-    size, zero = scale.clone(), zero_point.clone()
-
-    steps_per_unit = 1.0 / size
-    value = plan.clip(fma(y, plan.wide(factor), plan.wide(constant)))
-    least, most = steps_from_zero(zero, plan.spec.qmin, plan.spec.qmax)
-    out = (value * steps_per_unit).round().maximum(least).minimum(most) * size
-    return out, mean, inverse, size, zero
+    rounding: Rounding = plan.rounding
+    low, high = rounding.clip(torch.minimum(*ends)).amin(), rounding.clip(torch.maximum(*ends)).amax()
+    grid = rounding.move(low, high, scale, zero_point, state)
+    out = rounding.round(fma(y, plan.wide(factor), plan.wide(constant)), *grid)
+    return out, mean, inverse, *grid
 
 
 def backward(
@@ -276,20 +316,66 @@ def backward(
     axis, count = plan.rows(y), plan.count(y)
     factor, constant = _affine(gamma, _sum(beta, error), mean, inverse)
     value = fma(y, plan.wide(factor), plan.wide(constant))
-    least, most = steps_from_zero(zero_point, plan.spec.qmin, plan.spec.qmax)
-    steps = (value * (1.0 / scale)).round()
-    inside = (steps >= least) & (steps <= most)
-    if plan.low > -math.inf:
-        inside = inside & (value > plan.low)
-    if plan.high < math.inf:
-        inside = inside & (value < plan.high)
-    kept = torch.where(inside, grad, 0.0)
+    kept = torch.where(plan.rounding.passes(value, scale, zero_point), grad, 0.0)
     centred = y - plan.wide(mean)
     total = kept.sum(axis).double().sum(0)
     along = (kept * centred).sum(axis).double().sum(0) * inverse
     shift, slope = (total / count).float(), (along / count * inverse).float()
     grad_y = (kept - plan.wide(shift) - centred * plan.wide(slope)) * plan.wide(factor)
     return grad_y, along.float(), total.float()
+
+
+def clip_quantize(v: Tensor, scale: Tensor, zero_point: Tensor, state: tuple[Tensor, ...], code: Generated) -> Tensor:
+    """`fused.clip_quantize` by generated code: in place.
+
+    Args:
+        v: float32, any shape, without gaps in memory, and not a view.
+        scale: `s`, float32, (), written to.
+        zero_point: `z`, int32, (), written to.
+        state: The observer's, written to.
+        code: Of `clip_code`.
+    """
+    out: Tensor = _GeneratedClip.apply(v, scale, zero_point, state, code)
+    return out
+
+
+def clip_code(rounding: Rounding) -> Generated | None:
+    """The code of `clip_quantize`, compiled and checked; None where it cannot be: the log says why."""
+    code = generated(_clip, _clip_sample, rounding)
+    return code if code.ready() else None
+
+
+class _GeneratedClip(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, scale: Tensor, zero_point: Tensor, state: tuple[Tensor, ...], code: Generated
+    ) -> Tensor:
+        ctx.mark_dirty(v)
+        (mask,) = code(dense(v).view(-1), scale, zero_point, *state)
+        assert mask is not None
+        ctx.save_for_backward(mask.as_strided(v.shape, v.stride()))
+        return v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.saved_tensors[0], None, None, None, None
+
+
+def _clip(v: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensors:
+    """Where gradients pass, int8, (values,); `v`, (values,), becomes what it is on the grid."""
+    *state, rounding = rest
+    clipped = rounding.clip(v)
+    grid = rounding.move(clipped.amin(), clipped.amax(), scale, zero_point, state)
+    # A bool that is converted or stored makes Inductor's loop scalar on CPUs, ten times slower; a choice of floats not.
+    mask = torch.where(rounding.passes(v, *grid), 1.0, 0.0).to(torch.int8)
+    v.copy_(rounding.round(v, *grid))
+    return (mask,)
+
+
+def _clip_sample(rounding: Rounding) -> list[Tensor | None]:
+    v = torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 3
+    return [v.to(rounding.device), *rounding.sample()]
 
 
 def _forward_sample(plan: Plan) -> list[Tensor | None]:
@@ -299,11 +385,9 @@ def _forward_sample(plan: Plan) -> list[Tensor | None]:
     y = torch.stack((half, -half), 3).flatten(2)
     y = y.transpose(1, 2).contiguous() if plan.last else y
     gamma, beta, error = torch.randn(3, 24, generator=generator)
-    grid = torch.tensor(0.05), torch.tensor(3, dtype=torch.int32)
-    state = () if plan.observer is None else (value.clone() for value in plan.observer.state())
-    found = [y, gamma, beta, error * 1e-3, torch.zeros(24), torch.ones(24), *grid, *state]
-    found = [value.to(plan.device) for value in found]
-    return [*found[:4], None, *found[4:]]
+    found = [y, gamma, beta, error * 1e-3, torch.zeros(24), torch.ones(24)]
+    found = [value.to(plan.rounding.device) for value in found]
+    return [*found[:4], None, *found[4:], *plan.rounding.sample()]
 
 
 def _backward_sample(plan: Plan) -> list[Tensor | None]:

@@ -20,7 +20,7 @@ from qbench.numerics import generated as generated_module
 from qbench.numerics import generated_epilogue
 from qbench.numerics.fused import Statistics
 from qbench.numerics.generated import Generated
-from qbench.numerics.generated_epilogue import Moved, Plan, generated_code, normalize_clip_quantize
+from qbench.numerics.generated_epilogue import Moved, Plan, Rounding, generated_code, normalize_clip_quantize
 from qbench.numerics.qparams import QSpec, fake_quantize, inside_range
 from qbench.observers import MovingAverageMinMaxObserver
 
@@ -89,16 +89,8 @@ def generated_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("memory_format", LAYOUTS)
 def test_codes_and_masks_are_those_of_the_steps_for_the_same_statistics(memory_format: torch.memory_format) -> None:
     generator = torch.Generator().manual_seed(2)
-    plan = Plan(
-        memory_format is torch.channels_last,
-        0.1,
-        1e-5,
-        0.0,
-        math.inf,
-        QSpec(),
-        rule_of(MovingAverageMinMaxObserver(QSpec())),
-        "cpu",
-    )
+    rule = rule_of(MovingAverageMinMaxObserver(QSpec()))
+    plan = Plan(memory_format is torch.channels_last, 0.1, 1e-5, Rounding(0.0, math.inf, QSpec(), rule, "cpu"))
     code = generated_code(plan)
     assert code is not None
     different, values, masked = 0, 0, 0
@@ -149,7 +141,8 @@ def test_codes_and_masks_are_those_of_the_steps_for_the_same_statistics(memory_f
 @pytest.mark.parametrize("memory_format", LAYOUTS)
 def test_statistics_and_gradients_are_those_of_batch_norm(memory_format: torch.memory_format) -> None:
     """Against PyTorch in float64, where nothing is rounded away, for data whose mean is large beside its deviation."""
-    plan = Plan(memory_format is torch.channels_last, 0.1, 1e-5, -math.inf, math.inf, QSpec(bits=16), None, "cpu")
+    rounding = Rounding(-math.inf, math.inf, QSpec(bits=16), None, "cpu")
+    plan = Plan(memory_format is torch.channels_last, 0.1, 1e-5, rounding)
     code = generated_code(plan)
     assert code is not None
     generator = torch.Generator().manual_seed(3)
@@ -185,7 +178,7 @@ def test_training_is_that_of_the_plain_path(
     plain, expected = trained(model, images)
     calls = generated_calls(monkeypatch)
     fast, found = trained(model.apply(qbench.enable_fast_path), images)
-    assert calls == ["generated"] * 3 * 3 * 3  # layers, steps; parameters, forward, backward
+    assert calls == ["generated"] * 3 * 3 * 3  # in each step of each layer: parameters, forward, backward
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().mean() < 1e-2 * theirs.abs().mean()
     ours, theirs = fast.state_dict(), plain.state_dict()
@@ -193,6 +186,25 @@ def test_training_is_that_of_the_plain_path(
     for name, value in ours.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, theirs[name], rtol=2e-2, atol=2e-3)
+
+
+def test_sums_are_bit_equal_to_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x + self.conv(x))
+
+    torch.manual_seed(0)
+    model = prepared(Residual())
+    plain, expected = trained(model, batches())
+    calls = generated_calls(monkeypatch)
+    fast, found = trained(model.apply(qbench.enable_fast_path), batches())
+    assert calls == ["generated"] * 2 * 3  # the convolution's output and the sum, in each step
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), fast.state_dict().values(), strict=True))
 
 
 def test_weights_and_bias_errors_are_those_of_the_plain_path() -> None:

@@ -37,6 +37,7 @@ class QatModule(nn.Module):
         qconfig: What it is quantized to.
         input_quantizers: Quantizers of inputs that arrive in float, or on a grid that is not to be kept, by position.
         output_quantizer: Quantizer of the output; None where activations stay float (weight-only).
+        fast_path: Whether training takes generated code where there is some: see `enable_fast_path`.
     """
 
     # Any: a subclass names a float type that does not derive from its base's.
@@ -45,6 +46,7 @@ class QatModule(nn.Module):
     data_inputs: ClassVar[int | None] = None
     #: Whether a parameter that is an operand gets a grid with zero point 0, as the factors of a matrix product need.
     symmetric_parameters: ClassVar[bool] = False
+    fast_path = False
 
     qconfig: QConfig
     input_quantizers: nn.ModuleDict

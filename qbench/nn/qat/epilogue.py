@@ -26,8 +26,17 @@ from qbench.fake_quantize.base import is_hooked
 from qbench.fake_quantize.producers import note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.numerics import fused
-from qbench.numerics.blocks import at_hand, on_gpu
-from qbench.numerics.generated_epilogue import Moved, Plan, generated_code, in_rows, normalize_clip_quantize
+from qbench.numerics.blocks import at_hand, dense, on_gpu
+from qbench.numerics.generated_epilogue import (
+    Moved,
+    Plan,
+    Rounding,
+    clip_code,
+    clip_quantize,
+    generated_code,
+    in_rows,
+    normalize_clip_quantize,
+)
 from qbench.observers import Observer
 
 Step = Callable[[Tensor], Tensor]
@@ -70,11 +79,11 @@ def fused_epilogue(
 
 def generated_epilogue(
     y: Tensor,
-    bn: TrainingBatchNorm,
+    bn: TrainingBatchNorm | None,
     bounds: tuple[float, float] | None,
     quantizer: FakeQuantize | None,
 ) -> Tensor | None:
-    """`fused_epilogue` with BatchNorm, by generated code; None where there is none for it.
+    """`fused_epilogue` by generated code; None where there is none for it.
 
     Args:
         y: As there.
@@ -82,25 +91,47 @@ def generated_epilogue(
         bounds: As there.
         quantizer: As there.
     """
-    if quantizer is None or bounds is None or not (at_hand(y) or on_gpu(y)):
-        return None
-    if not quantizer.rounds_plainly or not bn.plain(y):
+    if quantizer is None or bounds is None or not (at_hand(y) or on_gpu(y)) or not quantizer.rounds_plainly:
         return None
     observes = quantizer.training and quantizer.observer_enabled
-    rows, follows = in_rows(y), not observes or quantizer.observer.by_ends
-    if rows is None or not follows or y.numel() == y.shape[1] or quantizer.scale.dtype != torch.float32:
+    if quantizer.scale.dtype != torch.float32 or (observes and not quantizer.observer.by_ends):
         return None
     rule = rule_of(quantizer.observer) if observes else None
-    plan = Plan(rows[1], bn.holder.momentum, bn.holder.eps, *bounds, quantizer.spec, rule, y.device.type)
-    code = generated_code(plan)
+    rounding = Rounding(*bounds, quantizer.spec, rule, y.device.type)
+    grid = quantizer.scale, quantizer.zero_point
+    state = quantizer.observer.state() if observes else ()
+    out = _generated_clip(y, grid, state, rounding) if bn is None else _generated(y, bn, grid, state, rounding)
+    if out is None:
+        return None
+    quantizer.seen_data = True
+    return note_producer(out, quantizer)
+
+
+def _generated_clip(
+    y: Tensor, grid: tuple[Tensor, Tensor], state: tuple[Tensor, ...], rounding: Rounding
+) -> Tensor | None:
+    if y._is_view() or not dense(y).is_contiguous():
+        return None
+    code = clip_code(rounding)
+    return None if code is None else clip_quantize(y, *grid, state, code)
+
+
+def _generated(
+    y: Tensor,
+    bn: TrainingBatchNorm,
+    grid: tuple[Tensor, Tensor],
+    state: tuple[Tensor, ...],
+    rounding: Rounding,
+) -> Tensor | None:
+    rows = in_rows(y)
+    if not bn.plain(y) or rows is None or y.numel() == y.shape[1]:
+        return None
+    code = generated_code(Plan(rows[1], bn.holder.momentum, bn.holder.eps, rounding))
     if code is None:
         return None
     bn.holder._check_input_dim(y)
-    state = quantizer.observer.state() if observes else ()
-    moved = Moved(bn.count(), bn.silenced, quantizer.scale, quantizer.zero_point, state)
-    out = normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, code)
-    quantizer.seen_data = True
-    return note_producer(out, quantizer)
+    moved = Moved(bn.count(), bn.silenced, *grid, state)
+    return normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, code)
 
 
 # One observer for all of the same type and settings, so that their layers share code: it is asked how ranges move, not

@@ -44,14 +44,12 @@ class QatLayer(QatModule):
         bn_frozen: Whether training normalises with the running statistics.
         channel_axis: Axis of the output that holds its channels, from the end.
         low_memory: Whether input and weight are saved for backward as codes: see `enable_low_memory`.
-        fast_path: Whether training takes generated code where there is some: see `enable_fast_path`.
     """
 
     linear_type: ClassVar[type[nn.Module]]
     activation: ClassVar[type[nn.Module] | None] = None
     channel_axis: ClassVar[int]
     low_memory = False
-    fast_path = False
 
     weight: Tensor
     bias: Tensor | None
@@ -233,7 +231,7 @@ class QatLayer(QatModule):
         return None if before is None else epilogue(before, self.activation_module, self.output_quantizer)
 
     def _one_function(self, y: Tensor, bn: TrainingBatchNorm | None, *step: Any) -> Tensor | None:
-        found = generated_epilogue(y, bn, *step) if self.fast_path and bn is not None else None
+        found = generated_epilogue(y, bn, *step) if self.fast_path and self.training else None
         return fused_epilogue(y, bn, *step) if found is None else found
 
     def _uses_batch_statistics(self) -> bool:

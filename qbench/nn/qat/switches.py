@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from qbench.nn.qat.body import QatModule
 from qbench.nn.qat.layer import QatLayer
 
 
@@ -31,13 +32,13 @@ def enable_fast_path(module: nn.Module) -> None:
     summed in another order. Where there is no compiler, or none for this device, dtype or layout, the plain path goes
     on, with one line in the log of "qbench".
     """
-    if isinstance(module, QatLayer):
+    if isinstance(module, QatModule):
         module.fast_path = True
 
 
 def disable_fast_path(module: nn.Module) -> None:
     """Train by PyTorch's operators again."""
-    if isinstance(module, QatLayer):
+    if isinstance(module, QatModule):
         module.fast_path = False
 
 
