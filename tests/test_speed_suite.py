@@ -172,6 +172,7 @@ def test_targets_around_the_step() -> None:
     assert [str(check) for check in checks(many, [few, many])] == ["≤ 1.05: **not met**"]
     fast = Job("deployed").row("int8 ONNX Runtime", float_nodes=["Conv a"], speed={"float eager": 3.0})
     assert [check.met for check in checks(fast, [])] == [False, True]
+    assert [check.met for check in checks({**fast, "different": 1}, [])] == [False], "the speed of what is not exact"
 
 
 def test_the_page_counts_operators_that_stay_in_float() -> None:
@@ -217,7 +218,8 @@ def test_a_runtime_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(deployed.qbench.export, "to_executorch", refuse)
     monkeypatch.setattr(deployed.qbench.export, "to_onnx", refuse)
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    rows = {row["form"]: row for row in deployed.deployed(Job("deployed", deployed.FORMS, "small", 1, 32, rounds=1))}
+    job = Job("deployed", tuple(deployed.FORMS), "small", 1, 32, rounds=1)
+    rows = {row["form"]: row for row in deployed.deployed(job)}
     assert rows["float eager"]["speed"] == {"float eager": 1.0}
     assert {row.get("refused") for row in rows.values()} == {None, "ValueError: not here"}
 
@@ -225,11 +227,12 @@ def test_a_runtime_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_networks")
 def test_deployed_files_are_timed_and_have_no_float_operator() -> None:
-    job = Job("deployed", deployed.FORMS, "small", 1, 32, rounds=1)
+    job = Job("deployed", tuple(deployed.FORMS), "small", 1, 32, rounds=1)
     rows = {row["form"]: row for row in deployed.deployed(job)}
     assert list(rows) == list(deployed.FORMS)
+    assert rows["int8 weights, default session"]["compared"] == 1000
     assert rows["float eager"]["speed"]["float eager"] == 1.0
-    for form in deployed.FORMS[2:]:
+    for form in list(deployed.FORMS)[2:]:
         assert rows[form]["float_nodes"] == [] and rows[form]["speed"]["float ONNX Runtime"] > 0
 
 

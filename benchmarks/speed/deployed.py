@@ -2,7 +2,9 @@
 
     float eager          PyTorch, eval, inference_mode
     float ONNX Runtime   the float network as ONNX
-    int8 ONNX Runtime    `qbench.export.to_onnx`, opened as `open_session` does, whose integer kernels are exact
+    int8 ONNX Runtime    `qbench.export.to_onnx`, opened by `open_session`, whose integer kernels are exact everywhere
+    int8 weights,        weight_codes="int8" in a session of ONNX Runtime's own defaults: on x64 without VNNI it takes
+      default session    kernels that saturate sums, so its outputs are counted against those of `open_session`
     int8 ExecuTorch      `qbench.export.to_executorch`, XNNPACK
 
     speed    median over the rounds of (time of the other form / time of this one in the same round)
@@ -24,12 +26,13 @@ import qbench
 from benchmarks.speed.rows import Job, Row
 from benchmarks.speed.train_step import reason
 from benchmarks.speed.variants import float_network, qbench_plain
+from qbench.errors import require
 from qbench.export.program import quiet
 from qbench.export.runtimes import open_executorch, open_onnx
 
 Call = Callable[[], object]
-FORMS = ("float eager", "float ONNX Runtime", "int8 ONNX Runtime", "int8 ExecuTorch")
 _WARM_UP, _CALLS = 3, 5
+_BASES = ("float eager", "float ONNX Runtime")
 
 
 def deployed(job: Job) -> Iterator[Row]:
@@ -40,54 +43,77 @@ def deployed(job: Job) -> Iterator[Row]:
     calls: dict[str, Call] = {}
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory(prefix="qbench-bench-") as name:
-        makers = _makers(network, images, Path(name), job)
-        for form in FORMS:
+        files = _Files(network, images, Path(name), job)
+        for form, make in FORMS.items():
             try:
-                calls[form], about = makers[form]()
+                calls[form], about = make(files)
                 rows[form] = job.row(form, **about)
             except Exception as error:  # a runtime that is not installed, a network that it refuses
                 rows[form] = job.row(form, refused=reason(error))
         times = _timed(calls, _CALLS * job.rounds)
     for form, own in times.items():
-        over = {base: _speed(times[base], own) for base in FORMS[:2] if base in times}
+        over = {base: _speed(times[base], own) for base in _BASES if base in times}
         rows[form] |= {"seconds": statistics.median(own), "speed": over}
     yield from (rows[form] for form in FORMS if form in job.forms)
 
 
-def _makers(
-    network: nn.Module, images: Tensor, folder: Path, job: Job
-) -> dict[str, Callable[[], tuple[Call, dict[str, Any]]]]:
-    """By form, what makes its call and says something about it."""
-    batch = [images.numpy()]
-    model = qbench_plain(job.model, network, (images,))
-    model(torch.cat([images, torch.randn_like(images)]))
-    program = qbench.convert(model.eval(), (images,))
-    network.eval()
+class _Files:
+    """A network in every form: each method gives a call on the images, and what is to be said about it."""
 
-    def eager() -> tuple[Call, dict[str, Any]]:
-        return torch.inference_mode()(lambda: network(images)), {}
+    def __init__(self, network: nn.Module, images: Tensor, folder: Path, job: Job) -> None:
+        self.images, self.folder, self.threads = images, folder, job.threads
+        self.batch = [images.numpy()]
+        model = qbench_plain(job.model, network, (images,))
+        model(torch.cat([images, torch.randn_like(images)]))
+        self.program = qbench.convert(model.eval(), (images,))
+        self.network = network.eval()
 
-    def float_onnx() -> tuple[Call, dict[str, Any]]:
+    def eager(self) -> tuple[Call, dict[str, Any]]:
+        return torch.inference_mode()(lambda: self.network(self.images)), {}
+
+    def float_onnx(self) -> tuple[Call, dict[str, Any]]:
+        path = self.folder / "float.onnx"
         with quiet():
-            torch.onnx.export(network, (images,), folder / "float.onnx", dynamo=True, verbose=False)
-        session = open_onnx(folder / "float.onnx", job.threads)
-        return lambda: session.run(batch), {}
+            torch.onnx.export(self.network, (self.images,), path, dynamo=True, verbose=False)
+        session = open_onnx(path, self.threads)
+        return lambda: session.run(self.batch), {}
 
-    def int8_onnx() -> tuple[Call, dict[str, Any]]:
+    def int8_onnx(self) -> tuple[Call, dict[str, Any]]:
+        about = self._exported(qbench.export.to_onnx, "int8.onnx")
+        session = open_onnx(self.folder / "int8.onnx", self.threads)
+        return lambda: session.run(self.batch), about
+
+    def int8_default(self) -> tuple[Call, dict[str, Any]]:
+        path = self.folder / "weights.onnx"
+        about = self._exported(qbench.export.to_onnx, path.name, weight_codes="int8")
+        ort = require("onnxruntime", extra="onnx", purpose="run ONNX files")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        given = {session.get_inputs()[0].name: self.batch[0]}
+        found, exact = session.run(None, given)[0], open_onnx(path, self.threads).run(self.batch)[0]
+        about |= {"different": int((found != exact).sum()), "compared": found.size}
+        return lambda: session.run(None, given), about
+
+    def int8_executorch(self) -> tuple[Call, dict[str, Any]]:
+        about = self._exported(qbench.export.to_executorch, "int8.pte")
+        session = open_executorch(self.folder / "int8.pte", self.threads)
+        return lambda: session.run(self.batch), about
+
+    def _exported(self, export: Callable[..., Any], name: str, **options: Any) -> dict[str, Any]:
         started = time.perf_counter()
-        report = qbench.export.to_onnx(program, folder / "int8.onnx")
-        about = {"export_seconds": time.perf_counter() - started, "float_nodes": list(map(str, report.float_nodes))}
-        session = open_onnx(folder / "int8.onnx", job.threads)
-        return lambda: session.run(batch), about
+        report = export(self.program, self.folder / name, **options)
+        seconds = time.perf_counter() - started
+        return {"export_seconds": seconds, "float_nodes": list(map(str, report.float_nodes))}
 
-    def int8_executorch() -> tuple[Call, dict[str, Any]]:
-        started = time.perf_counter()
-        report = qbench.export.to_executorch(program, folder / "int8.pte")
-        about = {"export_seconds": time.perf_counter() - started, "float_nodes": list(map(str, report.float_nodes))}
-        session = open_executorch(folder / "int8.pte", job.threads)
-        return lambda: session.run(batch), about
 
-    return dict(zip(FORMS, (eager, float_onnx, int8_onnx, int8_executorch), strict=True))
+FORMS: dict[str, Callable[[_Files], tuple[Call, dict[str, Any]]]] = {
+    "float eager": _Files.eager,
+    "float ONNX Runtime": _Files.float_onnx,
+    "int8 ONNX Runtime": _Files.int8_onnx,
+    "int8 weights, default session": _Files.int8_default,
+    "int8 ExecuTorch": _Files.int8_executorch,
+}
 
 
 def _timed(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:

@@ -77,7 +77,7 @@ PARTS = {
     "flow": Part(around.flows, lambda o: [Job("flow", ("first in a process",), model, 2, _PX) for model in o.models]),
     "slope": Part(around.slopes, lambda o: [Job("slope", ("passes",))]),
     "deployed": Part(
-        deployed.deployed, lambda o: [Job("deployed", deployed.FORMS, model, 1, _PX) for model in o.models]
+        deployed.deployed, lambda o: [Job("deployed", tuple(deployed.FORMS), model, 1, _PX) for model in o.models]
     ),
     "kernels": Part(kernels.kernels, lambda o: [Job("kernels", tuple(kernels.GROUPS), "resnet18", 1, _PX)]),
     "streaming": Part(
