@@ -12,6 +12,7 @@ One batch is under way at a time, so neither side holds more than one, however m
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -191,7 +192,8 @@ def run_file(
         threads: How many threads the runtime may use.
 
     Returns:
-        `outputs[batch][output]`, arrays on the host. `FileRunner` hands out one batch at a time instead.
+        `outputs[batch][output]`, arrays on the host. Inputs are taken one batch at a time; `FileRunner` hands out
+        outputs one batch at a time too.
 
     Raises:
         ExportError: unknown runtime; no such file; the process failed (with the end of what it said).
@@ -208,9 +210,10 @@ def run_program(path: str | os.PathLike[str], batches: Iterable[Sequence[Any]], 
 
 
 def _run(kind: str, path: str | os.PathLike[str], batches: Iterable[Sequence[Any]], threads: int) -> RunOutputs:
-    arrays = [_arrays(batch) for batch in batches]  # Refused before a process is started.
+    arrays = map(_arrays, batches)
+    first = list(itertools.islice(arrays, 1))  # Refused before a process is started.
     with FileRunner(kind, [path], threads=threads) as runner:
-        outputs = [runner.run(batch) for batch in arrays]
+        outputs = [runner.run(batch) for batch in itertools.chain(first, arrays)]
         return RunOutputs(outputs, runtime=kind, version=runner.version, threads=threads, cpu=runner.cpu)
 
 

@@ -38,6 +38,18 @@ def batches() -> list[tuple[Tensor]]:
     return [(torch.randn(count, 3, 32, 32),) for count in (4, 7, 7)]
 
 
+def test_inputs_are_taken_batch_by_batch(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, run, ran = [], FileRunner.run, []
+
+    def noted(runner: FileRunner, batch: list[np.ndarray], file: int = 0) -> list[np.ndarray]:
+        ran.append(len(taken))
+        return run(runner, batch, file)
+
+    monkeypatch.setattr(FileRunner, "run", noted)
+    outputs = run_program(files["program"], ((taken.append(index) or torch.ones(2, 3, 32, 32),) for index in range(3)))
+    assert len(outputs) == 3 and ran == [1, 2, 3], "no batch is read before the one before it ran"
+
+
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_fresh_process_gives_what_this_one_gives(name: str, files: dict[str, Path], batches: list) -> None:
     outputs = run_file(name, files[name], batches)
