@@ -69,8 +69,8 @@ class Generated:
         """The function's answer; from the eager function where compiling for these arguments fails."""
         if not self.failed:
             try:
-                # The sizes of a Parameter would be constants to dynamo.
-                return self._compiled(*(None if tensor is None else tensor.detach() for tensor in tensors))
+                # The sizes of a Parameter would be constants to dynamo, and whether there is a gradient a guard.
+                return self._compiled(*[x.detach() if x is not None and x.requires_grad else x for x in tensors])
             except Exception as error:  # whatever a compiler raises, before anything was computed
                 self._give_up(error)
         return self._eager(*tensors)
@@ -80,7 +80,11 @@ class Generated:
         if _refused:
             self.failed = _refused[0]
             return
-        ours, theirs = self._sample(), self._sample()
+        # Views would be compiled for, apart from what comes in training.
+        ours, theirs = ([None if x is None else x.clone() for x in self._sample()] for _ in range(2))
+        for tensor in ours:
+            if tensor is not None and tensor.ndim:
+                torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.ndim)))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own imports
@@ -109,11 +113,12 @@ def _compiled(function: Callable[..., Tensors], constants: tuple[Any, ...]) -> C
         return function(*tensors, *constants)
 
     importlib.import_module("torch._inductor.inductor_prims")  # registers prims.fma
-    # dynamo keeps compiled code by code object: with one of its own, nothing is shared with other constants.
+    # Dynamo keeps compiled code by code object: with one of its own, nothing is shared with other constants.
     code = call.__code__.replace(co_name=f"{function.__name__}_{next(_NUMBERS)}")
     own = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
     options: dict[str, Any] = {"guard_filter_fn": _on_arguments}
-    return torch.compile(own, fullgraph=True, dynamic=True, options=options)
+    # Sizes are marked as dynamic on the sample. With dynamic=True the constants would be, too, an input each.
+    return torch.compile(own, fullgraph=True, options=options)
 
 
 def _on_arguments(guards: Sequence[Any]) -> list[bool]:

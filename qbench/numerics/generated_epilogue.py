@@ -22,6 +22,7 @@ one byte a value that says whether its gradient passes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -151,11 +152,22 @@ class Code:
     forward: Generated
     backward: Generated
 
+    def ready(self) -> bool:
+        """Whether both directions are compiled and checked; where they are not, the log says why."""
+        return self.forward.ready() and self.backward.ready()
 
-def generated_code(plan: Plan) -> Code | None:
-    """Both directions for a plan, compiled and checked; None where they cannot be: the log says why."""
-    code = Code(plan, generated(forward, _forward_sample, plan), generated(backward, _backward_sample, plan))
-    return code if code.forward.ready() and code.backward.ready() else None
+
+@functools.lru_cache(maxsize=256)
+def generated_code(last: bool, momentum: float, eps: float, *rounding: Any) -> Code:
+    """Both directions of a plan; `rounding` is what `Rounding` is made of."""
+    plan = Plan(last, momentum, eps, Rounding(*rounding))
+    return Code(plan, generated(forward, _forward_sample, plan), generated(backward, _backward_sample, plan))
+
+
+@functools.lru_cache(maxsize=256)
+def clip_code(*rounding: Any) -> Generated:
+    """The code of `clip_quantize`; `rounding` is what `Rounding` is made of."""
+    return generated(_clip, _clip_sample, Rounding(*rounding))
 
 
 def in_rows(y: Tensor) -> tuple[Tensor, bool] | None:
@@ -339,12 +351,6 @@ def clip_quantize(v: Tensor, scale: Tensor, zero_point: Tensor, state: tuple[Ten
     return out
 
 
-def clip_code(rounding: Rounding) -> Generated | None:
-    """The code of `clip_quantize`, compiled and checked; None where it cannot be: the log says why."""
-    code = generated(_clip, _clip_sample, rounding)
-    return code if code.ready() else None
-
-
 class _GeneratedClip(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -381,7 +387,7 @@ def _clip_sample(rounding: Rounding) -> list[Tensor | None]:
 def _forward_sample(plan: Plan) -> list[Tensor | None]:
     """Arguments of `forward` whose sums are exact in any order: whole numbers, each with its opposite beside it."""
     generator = torch.Generator().manual_seed(0)
-    half = torch.randint(-9, 10, (4, 24, 37), generator=generator).float()
+    half = torch.randint(-9, 10, (4, 24, 512), generator=generator).float()
     y = torch.stack((half, -half), 3).flatten(2)
     y = y.transpose(1, 2).contiguous() if plan.last else y
     gamma, beta, error = torch.randn(3, 24, generator=generator)

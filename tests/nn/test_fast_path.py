@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import pickle
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import qbench
 from qbench.fake_quantize import FakeQuantize
+from qbench.nn.qat import epilogue as epilogue_module
 from qbench.nn.qat import parameters as parameters_module
 from qbench.nn.qat.epilogue import rule_of
 from qbench.nn.qat.layer import QatLayer
@@ -20,7 +22,7 @@ from qbench.numerics import generated as generated_module
 from qbench.numerics import generated_epilogue
 from qbench.numerics.fused import Statistics
 from qbench.numerics.generated import Generated
-from qbench.numerics.generated_epilogue import Moved, Plan, Rounding, generated_code, normalize_clip_quantize
+from qbench.numerics.generated_epilogue import Moved, generated_code, normalize_clip_quantize
 from qbench.numerics.qparams import QSpec, fake_quantize, inside_range
 from qbench.observers import MovingAverageMinMaxObserver
 
@@ -90,15 +92,15 @@ def generated_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_codes_and_masks_are_those_of_the_steps_for_the_same_statistics(memory_format: torch.memory_format) -> None:
     generator = torch.Generator().manual_seed(2)
     rule = rule_of(MovingAverageMinMaxObserver(QSpec()))
-    plan = Plan(memory_format is torch.channels_last, 0.1, 1e-5, Rounding(0.0, math.inf, QSpec(), rule, "cpu"))
-    code = generated_code(plan)
-    assert code is not None
+    last = memory_format is torch.channels_last
+    code = generated_code(last, 0.1, 1e-5, 0.0, math.inf, QSpec(), rule, "cpu")
+    assert code.ready()
     different, values, masked = 0, 0, 0
     for shape in ((4, 24, 9, 9), (2, 7, 33, 5), (16, 130, 1, 1), (3, 64, 28, 28)):
         y = (torch.randn(shape, generator=generator) * 3 + 1).contiguous(memory_format=memory_format).requires_grad_()
         gamma, beta, error = torch.randn(3, shape[1], generator=generator)
         gamma.requires_grad_(), beta.requires_grad_()
-        if plan.last and y.is_contiguous():  # one pixel: both layouts are one
+        if last and y.is_contiguous():  # one pixel: both layouts are one
             continue
         quantizer = FakeQuantize(QSpec(), MovingAverageMinMaxObserver(QSpec()))
         moved = Moved(
@@ -141,10 +143,9 @@ def test_codes_and_masks_are_those_of_the_steps_for_the_same_statistics(memory_f
 @pytest.mark.parametrize("memory_format", LAYOUTS)
 def test_statistics_and_gradients_are_those_of_batch_norm(memory_format: torch.memory_format) -> None:
     """Against PyTorch in float64, where nothing is rounded away, for data whose mean is large beside its deviation."""
-    rounding = Rounding(-math.inf, math.inf, QSpec(bits=16), None, "cpu")
-    plan = Plan(memory_format is torch.channels_last, 0.1, 1e-5, rounding)
-    code = generated_code(plan)
-    assert code is not None
+    last = memory_format is torch.channels_last
+    code = generated_code(last, 0.1, 1e-5, -math.inf, math.inf, QSpec(bits=16), None, "cpu")
+    assert code.ready()
     generator = torch.Generator().manual_seed(3)
     y = (torch.randn(6, 10, 30, 30, generator=generator) + 300).contiguous(memory_format=memory_format)
     gamma, beta = torch.rand(10, generator=generator) + 0.5, torch.randn(10, generator=generator)
@@ -270,6 +271,8 @@ class TestWithoutACompiler:
         monkeypatch.setattr(generated_module, "_refused", [])
         for module in (generated_epilogue, parameters_module):
             monkeypatch.setattr(module, "generated", fresh)
+        for cached in (generated_epilogue.generated_code, generated_epilogue.clip_code):
+            monkeypatch.setattr(epilogue_module, cached.__name__, functools.lru_cache(cached.__wrapped__))
 
     def test_the_plain_path_goes_on_with_one_line_in_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
         model = prepared(network())

@@ -29,8 +29,6 @@ from qbench.numerics import fused
 from qbench.numerics.blocks import at_hand, dense, on_gpu
 from qbench.numerics.generated_epilogue import (
     Moved,
-    Plan,
-    Rounding,
     clip_code,
     clip_quantize,
     generated_code,
@@ -97,41 +95,26 @@ def generated_epilogue(
     if quantizer.scale.dtype != torch.float32 or (observes and not quantizer.observer.by_ends):
         return None
     rule = rule_of(quantizer.observer) if observes else None
-    rounding = Rounding(*bounds, quantizer.spec, rule, y.device.type)
+    rounding = *bounds, quantizer.spec, rule, y.device.type
     grid = quantizer.scale, quantizer.zero_point
     state = quantizer.observer.state() if observes else ()
-    out = _generated_clip(y, grid, state, rounding) if bn is None else _generated(y, bn, grid, state, rounding)
-    if out is None:
-        return None
+    if bn is None:
+        code = clip_code(*rounding)
+        if y._is_view() or not dense(y).is_contiguous() or not code.ready():
+            return None
+        out = clip_quantize(y, *grid, state, code)
+    else:
+        rows = in_rows(y)
+        if rows is None or y.numel() == y.shape[1] or not bn.plain(y):
+            return None
+        both = generated_code(rows[1], bn.holder.momentum, bn.holder.eps, *rounding)
+        if not both.ready():
+            return None
+        bn.holder._check_input_dim(y)
+        moved = Moved(bn.count(), bn.silenced, *grid, state)
+        out = normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, both)
     quantizer.seen_data = True
     return note_producer(out, quantizer)
-
-
-def _generated_clip(
-    y: Tensor, grid: tuple[Tensor, Tensor], state: tuple[Tensor, ...], rounding: Rounding
-) -> Tensor | None:
-    if y._is_view() or not dense(y).is_contiguous():
-        return None
-    code = clip_code(rounding)
-    return None if code is None else clip_quantize(y, *grid, state, code)
-
-
-def _generated(
-    y: Tensor,
-    bn: TrainingBatchNorm,
-    grid: tuple[Tensor, Tensor],
-    state: tuple[Tensor, ...],
-    rounding: Rounding,
-) -> Tensor | None:
-    rows = in_rows(y)
-    if not bn.plain(y) or rows is None or y.numel() == y.shape[1]:
-        return None
-    code = generated_code(Plan(rows[1], bn.holder.momentum, bn.holder.eps, rounding))
-    if code is None:
-        return None
-    bn.holder._check_input_dim(y)
-    moved = Moved(bn.count(), bn.silenced, *grid, state)
-    return normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, code)
 
 
 # One observer for all of the same type and settings, so that their layers share code: it is asked how ranges move, not
