@@ -17,6 +17,7 @@ from qbench.nn.qat import (
     enable_fast_path,
     enable_low_memory,
     freeze_bn_stats,
+    training_paths,
     update_bn_stats,
 )
 from qbench.numerics.qparams import QParams, QSpec
@@ -69,6 +70,7 @@ __all__ = [
     "register_pattern",
     "targets",
     "translate_qconfig",
+    "training_paths",
     "update_bn_stats",
     "verify",
 ]

@@ -22,7 +22,16 @@ from qbench.errors import ConfigError, QBenchError, QBenchWarning
 from qbench.export.runtimes import RUNTIMES
 from qbench.fake_quantize import METHODS
 from qbench.fake_quantize.bias import BIAS_SCALES
-from qbench.job import FLOAT_TRAINING, QAT_TRAINING, REPORT_FILE, Job, run, versions
+from qbench.job import (
+    FAST_PATHS,
+    FLOAT_TRAINING,
+    QAT_TRAINING,
+    REPORT_FILE,
+    WORTH_COMPILING,
+    Job,
+    run,
+    versions,
+)
 from qbench.past_runs import verify_again
 from qbench.profiling.command import AUTOCAST, DEVICES, profile_named
 from qbench.report.profile import MOST, ORDERS
@@ -237,6 +246,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running and deploying")
     group.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     group.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    group.add_argument(
+        "--fast-path",
+        choices=FAST_PATHS,
+        default="auto",
+        help=f"QAT by generated code; auto: from {WORTH_COMPILING} steps on (default: %(default)s)",
+    )
     group.add_argument("--max-batch", type=int, default=64, help="largest batch that the files take (default: 64)")
     group.add_argument("--verify-images", type=int, default=512, help="compare on at most so many (default: 512)")
     group.add_argument(

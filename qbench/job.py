@@ -33,6 +33,7 @@ from qbench.export.runtimes import RUNTIMES, get_runtime
 from qbench.folders import check_output, output_folder
 from qbench.fusion import fuse
 from qbench.models import build_model, check_outputs
+from qbench.nn.qat import enable_fast_path, training_paths
 from qbench.one_call import prepare_by_target
 from qbench.preparation import preparation_report
 from qbench.qconfig import get_qconfig
@@ -52,6 +53,9 @@ REQUIRED = {
     "onnxruntime": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
     "executorch": ("executorch", ("executorch",)),
 }
+FAST_PATHS = ("auto", "on", "off")
+# Compiling takes about as long as a few hundred small steps gain by it.
+WORTH_COMPILING = 1000
 _SCORE_BATCH = 64
 _FIGURE_IMAGES, _FIGURE_BATCH = 128, 16  # enough for ranges and histograms; activations of a batch are held
 _DISTRIBUTIONS = ("torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime", "executorch", "scikit-learn")
@@ -80,10 +84,12 @@ class Job:
         max_batch: The files take batches of 1 to so many images; 1 is for models that fix their batch.
         verify_images: Held-out images, at most, that every form of the model is compared on.
         runtimes: Runtimes that files are written for, and that are verified and scored.
+        fast_path: Whether QAT trains by generated code, one of `FAST_PATHS`: `"auto"` where the run has at least
+            `WORTH_COMPILING` steps.
         overwrite: Replace an earlier run in `out`.
 
     Raises:
-        ConfigError: a number below 1, or an unknown runtime.
+        ConfigError: a number below 1, an unknown runtime, or an unknown choice of the fast path.
     """
 
     out: Path
@@ -102,6 +108,7 @@ class Job:
     max_batch: int = 64
     verify_images: int = 512
     runtimes: tuple[str, ...] = tuple(RUNTIMES)
+    fast_path: str = "auto"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -111,6 +118,8 @@ class Job:
                 raise ConfigError(f"{name.replace('_', ' ')} {value}: expected at least 1")
         for runtime in self.runtimes:
             get_runtime(runtime)
+        if self.fast_path not in FAST_PATHS:
+            raise ConfigError(f"fast_path={self.fast_path!r}: expected one of {', '.join(FAST_PATHS)}")
 
 
 @dataclass(frozen=True)
@@ -211,7 +220,11 @@ def train(job: Job, images: ImageData, clock: Clock) -> Trained:
         float_score = training.evaluate(model, held_out)
     with clock("qat", "train QAT"):
         prepared = _prepare(model, job, example)
+        steps = training.count_steps(len(images.train), job.qat_training)  # type: ignore[arg-type]
+        if job.fast_path == "on" or (job.fast_path == "auto" and steps >= WORTH_COMPILING):
+            prepared.apply(enable_fast_path)
         fitted = training.fit(prepared, images.train, job.qat_training, label="QAT  ")
+        clock.say(str(training_paths(prepared)))
         qat_score = training.evaluate(prepared.eval(), held_out)
     return Trained(prepared, float_score, qat_score, fitted)
 

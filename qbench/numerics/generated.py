@@ -29,6 +29,8 @@ _LOG = logging.getLogger("qbench")
 _NUMBERS = itertools.count()
 # Why there is no generated code in this process: one failing compiler is enough to know.
 _refused: list[str] = []
+# Every reason that was logged.
+_reasons: list[str] = []
 
 
 class Generated:
@@ -101,7 +103,13 @@ class Generated:
     def _give_up(self, reason: object) -> None:
         text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
         self.failed = text
+        _reasons.append(text)
         _LOG.warning("fast path: %s; the plain path goes on, with the same codes", text)
+
+
+def refusals() -> tuple[str, ...]:
+    """Why functions are not generated code in this process, each reason once."""
+    return tuple(dict.fromkeys(_reasons))
 
 
 def _call(function: Callable[..., Tensors], constants: tuple[Any, ...], *tensors: Tensor | None) -> Tensors:

@@ -349,3 +349,16 @@ def test_what_it_cannot_serve_takes_the_plain_path(change: object, monkeypatch: 
     dtype = layer.linear_weight.dtype
     assert torch.isfinite(layer(batches()[0].to(dtype))).all()
     assert len(calls) == (0 if dtype is torch.float64 else 1)  # the parameters alone
+
+
+def test_the_paths_are_reported() -> None:
+    model = prepared(network())
+    assert str(qbench.training_paths(model)) == "training path of 3 layers: 3 not called yet"
+    model(batches()[0])
+    assert str(qbench.training_paths(model)) == "training path of 3 layers: 3 one function in blocks"
+    model.apply(qbench.enable_fast_path)
+    model.get_submodule("3").output_quantizer.register_forward_hook(lambda *_: None)  # type: ignore[operator, union-attr]
+    model(batches()[0])
+    paths = qbench.training_paths(model)
+    assert set(paths.layers.values()) == {"generated", "steps"}
+    assert "2 generated code, 1 step by step" in str(paths)

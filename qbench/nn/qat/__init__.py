@@ -95,6 +95,7 @@ from qbench.nn.qat.switches import (
     enable_fast_path,
     enable_low_memory,
     freeze_bn_stats,
+    training_paths,
     update_bn_stats,
 )
 
@@ -187,5 +188,6 @@ __all__ = [
     "enable_fast_path",
     "enable_low_memory",
     "freeze_bn_stats",
+    "training_paths",
     "update_bn_stats",
 ]

@@ -22,7 +22,7 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import producer_of
 from qbench.nn.frozen import known_types
 from qbench.nn.ops import spread
-from qbench.nn.qat.epilogue import epilogue
+from qbench.nn.qat.epilogue import epilogue, fused_epilogue, generated_epilogue
 from qbench.numerics.qparams import QParams
 from qbench.qconfig import QConfig
 
@@ -38,6 +38,7 @@ class QatModule(nn.Module):
         input_quantizers: Quantizers of inputs that arrive in float, or on a grid that is not to be kept, by position.
         output_quantizer: Quantizer of the output; None where activations stay float (weight-only).
         fast_path: Whether training takes generated code where there is some: see `enable_fast_path`.
+        path: Which code the last forward in training took, one of `qbench.report.paths.PATHS`; empty before it.
     """
 
     # Any: a subclass names a float type that does not derive from its base's.
@@ -47,6 +48,7 @@ class QatModule(nn.Module):
     #: Whether a parameter that is an operand gets a grid with zero point 0, as the factors of a matrix product need.
     symmetric_parameters: ClassVar[bool] = False
     fast_path = False
+    path = ""
 
     qconfig: QConfig
     input_quantizers: nn.ModuleDict
@@ -213,6 +215,22 @@ class QatModule(nn.Module):
         """
         return self._check_source(index).deployed_qparams()
 
+    def one_function(self, y: Tensor, *step: Any) -> Tensor | None:
+        """BatchNorm, activation and quantizer as one function, by the path that is chosen; None where there is none.
+
+        Args:
+            y: As `fused_epilogue` takes it.
+            step: The rest of what it takes.
+        """
+        found = generated_epilogue(y, *step) if self.fast_path and self.training else None
+        path = "generated"
+        if found is None:
+            found = fused_epilogue(y, *step)
+            path = "steps" if found is None else "fused"
+        if self.training and path != self.path:
+            self.path = path
+        return found
+
 
 class QatOp(QatModule):
     """QAT form of an operation without parameters: quantizes its output."""
@@ -252,7 +270,7 @@ def replaced(inputs: Iterable[Any], tensors: Sequence[Tensor], others: Sequence[
 _OWN_STATE = frozenset(
     {
         *("qconfig", "_sources", "_requantized", "linear_type"),
-        *("bn", "bn_frozen", "low_memory", "fast_path", "activation_module", "pre_activation_quantizer"),
+        *("bn", "bn_frozen", "low_memory", "fast_path", "path", "activation_module", "pre_activation_quantizer"),
     }
 )
 _MODULE_STATE = frozenset(vars(nn.Module()))

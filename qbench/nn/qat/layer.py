@@ -23,7 +23,7 @@ from qbench.nn.intrinsic.fused import Fused, as_types
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
-from qbench.nn.qat.epilogue import bounds_of, epilogue, fused_epilogue, generated_epilogue
+from qbench.nn.qat.epilogue import bounds_of, epilogue
 from qbench.nn.qat.parameters import Folding, TrainingParameters, bias_error, generated_parameters
 from qbench.numerics.fold import BatchNormTensors, WeightLayout
 from qbench.numerics.qparams import QParams, in_groups
@@ -226,13 +226,9 @@ class QatLayer(QatModule):
     def _fused_epilogue(self, y: Tensor, bn: TrainingBatchNorm | None) -> Tensor | None:
         """The same values from one function, where there is one for these steps; else None."""
         if self.pre_activation_quantizer is None:
-            return self._one_function(y, bn, bounds_of(self.activation_module), self.output_quantizer)
-        before = self._one_function(y, bn, bounds_of(None), self.pre_activation_quantizer)
+            return self.one_function(y, bn, bounds_of(self.activation_module), self.output_quantizer)
+        before = self.one_function(y, bn, bounds_of(None), self.pre_activation_quantizer)
         return None if before is None else epilogue(before, self.activation_module, self.output_quantizer)
-
-    def _one_function(self, y: Tensor, bn: TrainingBatchNorm | None, *step: Any) -> Tensor | None:
-        found = generated_epilogue(y, bn, *step) if self.fast_path and self.training else None
-        return fused_epilogue(y, bn, *step) if found is None else found
 
     def _uses_batch_statistics(self) -> bool:
         return self.training and self.learns_statistics and not self.bn_frozen

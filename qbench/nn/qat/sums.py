@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from qbench.nn import ops
 from qbench.nn.qat.body import QatOp
-from qbench.nn.qat.epilogue import epilogue, fused_epilogue, generated_epilogue
+from qbench.nn.qat.epilogue import epilogue
 
 
 class Sum(QatOp):
@@ -22,9 +22,8 @@ class Sum(QatOp):
     def quantized_output(self, *inputs: Any) -> Tensor:
         """See `QatOp.quantized_output`."""
         y: Tensor = self.sum_type.forward(self, *inputs)
-        steps = None, (0.0 if self.rectified else -math.inf, math.inf), self.output_quantizer
-        found = generated_epilogue(y, *steps) if self.fast_path and self.training else None
-        found = fused_epilogue(y, *steps) if found is None else found
+        bounds = (0.0 if self.rectified else -math.inf, math.inf)
+        found = self.one_function(y, None, bounds, self.output_quantizer)
         if found is not None:
             return found
         return epilogue(y, F.relu if self.rectified else None, self.output_quantizer)

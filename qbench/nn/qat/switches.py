@@ -1,4 +1,4 @@
-"""Switches of QAT layers, for `model.apply`."""
+"""Switches of QAT layers, for `model.apply`, and which path they led to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from torch import nn
 
 from qbench.nn.qat.body import QatModule
 from qbench.nn.qat.layer import QatLayer
+from qbench.nn.qat.sums import Sum
+from qbench.numerics.generated import refusals
+from qbench.report.paths import TrainingPaths
 
 
 def enable_low_memory(module: nn.Module) -> None:
@@ -40,6 +43,13 @@ def disable_fast_path(module: nn.Module) -> None:
     """Train by PyTorch's operators again."""
     if isinstance(module, QatModule):
         module.fast_path = False
+
+
+def training_paths(model: nn.Module) -> TrainingPaths:
+    """Which code layers and sums took in their last forward in training: generated code, or PyTorch's operators."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (QatLayer, Sum))}
+    wanted = any(layer.fast_path for layer in layers.values())
+    return TrainingPaths({name: layer.path for name, layer in layers.items()}, refusals() if wanted else ())
 
 
 def freeze_bn_stats(module: nn.Module) -> None:
