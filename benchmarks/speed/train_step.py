@@ -23,8 +23,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +30,7 @@ from torch import Tensor, nn
 from benchmarks.speed import memory
 from benchmarks.speed.rows import LAYOUTS, Job, Row, machine
 from benchmarks.speed.variants import FORMS, Images, float_network, made
-from qbench.numerics import saved_codes
-from qbench.numerics.saved_codes import Coded, encode
+from qbench.profiling import saved_for_backward
 
 #: Forms that others are compared with, where both are measured in one process.
 BASES = ("float", "float compiled", "qbench plain")
@@ -89,30 +86,6 @@ class Trainer:
         loss, total = saved_for_backward(self.loss, *self.model.parameters(), *self.model.buffers(), self.images)
         loss.backward()
         return total
-
-
-def saved_for_backward(call: Callable[[], Tensor], *owned: Tensor) -> tuple[Tensor, int]:
-    """What a call returns, and the bytes of distinct storages that autograd saves in it, without those of `owned`."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in owned}
-    found: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def encoded(*args: Any) -> Coded | None:
-        coded = encode(*args)
-        if coded is not None:
-            note(coded.codes)
-        return coded
-
-    # Of hooks that are nested, PyTorch calls the inner ones alone: what they keep is counted where it is made.
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with mock.patch.object(saved_codes, "encode", encoded), hooks:
-        result = call()
-    return result, sum(found.values())
 
 
 def _wait(tensor: Tensor) -> None:

@@ -11,6 +11,8 @@ no sum of products can tell.)
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +20,12 @@ from torch import Tensor
 
 from qbench.numerics.blocks import Scratch, at_hand, in_blocks
 from qbench.numerics.qparams import QParams
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Put a message into the log, the first time."""
+    logging.getLogger("qbench").warning(message)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import qbench
-from benchmarks.speed.train_step import saved_for_backward
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics import blocks
 from qbench.numerics.qparams import QParams
 from qbench.numerics.saved_codes import SavingCodes, encode
+from qbench.profiling import saved_for_backward
 
 from .support import CASES, Case, batch, make_layer
 

@@ -25,9 +25,10 @@ from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
 from qbench.nn.qat.epilogue import bounds_of, epilogue
 from qbench.nn.qat.parameters import Folding, TrainingParameters, bias_error, generated_parameters
+from qbench.numerics.blocks import at_hand
 from qbench.numerics.fold import BatchNormTensors, WeightLayout
 from qbench.numerics.qparams import QParams, in_groups
-from qbench.numerics.saved_codes import SavingCodes
+from qbench.numerics.saved_codes import SavingCodes, say_once
 from qbench.numerics.weights import WeightGrid
 from qbench.qconfig import QConfig
 
@@ -184,6 +185,9 @@ class QatLayer(QatModule):
     def _saving(self, x: Tensor, weight: Tensor, qparams: QParams | None) -> contextlib.AbstractContextManager[Any]:
         """What the linear part saves for backward: its input and weight as codes where `low_memory` asks for it."""
         if not (self.low_memory and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        if not at_hand(x):
+            say_once(f"low memory: {x.dtype} on {x.device.type} is saved as it is; it works for float32 on a CPU")
             return contextlib.nullcontext()
         source = self._sources[0] if self._sources else None
         grid = source.snapshot() if source is not None and source.active else None
