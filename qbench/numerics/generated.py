@@ -131,7 +131,7 @@ def _compiled(function: Callable[..., Tensors], constants: tuple[Any, ...]) -> C
 
 def _on_arguments(guards: Sequence[Any]) -> list[bool]:
     """Keep the guards on arguments and on sizes; constants do not change."""
-    return [not entry.name or "'tensors'" in entry.name for entry in guards]
+    return [not entry.name or "tensors" in entry.name for entry in guards]
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -213,11 +213,12 @@ class _Generated(torch.autograd.Function):
         assert rows is not None
         to = moved.statistics
         kept = moved.silenced, to.running_mean, to.running_var, moved.scale, moved.zero_point, *moved.state
-        out, *found = code.forward(rows[0], gamma, beta, error, *kept)
-        assert out is not None
+        # Made here, and not by the code: a view of what that made could not be written to by what comes next.
+        out = torch.empty_like(y)
+        found = code.forward(_as_rows(out, code.plan), rows[0], gamma, beta, error, *kept)
         ctx.code = code
         ctx.save_for_backward(y, gamma, beta, error, *found)
-        return _like(out, y, code.plan)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -251,6 +252,7 @@ def _like(rows: Tensor, y: Tensor, plan: Plan) -> Tensor:
 
 
 def forward(
+    out: Tensor,
     y: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -262,9 +264,10 @@ def forward(
     zero_point: Tensor,
     *rest: Any,
 ) -> Tensors:
-    """The output, (outer, …) like `y`, then μ and 1/sqrt(σ² + ε), (channels,), and s and z, ().
+    """The batch's μ and 1/sqrt(σ² + ε), (channels,), and s and z, ().
 
     Args:
+        out: Like `y`: becomes the output.
         y: float32, (outer, channels, inner) or (outer, inner, channels).
         gamma: `γ`, (channels,), or None for ones.
         beta: `β`, (channels,), or None for zeros.
@@ -295,8 +298,8 @@ def forward(
     rounding: Rounding = plan.rounding
     low, high = rounding.clip(torch.minimum(*ends)).amin(), rounding.clip(torch.maximum(*ends)).amax()
     grid = rounding.move(low, high, scale, zero_point, state)
-    out = rounding.round(fma(y, plan.wide(factor), plan.wide(constant)), *grid)
-    return out, mean, inverse, *grid
+    out.copy_(rounding.round(fma(y, plan.wide(factor), plan.wide(constant)), *grid))
+    return mean, inverse, *grid
 
 
 def backward(
@@ -393,13 +396,14 @@ def _forward_sample(plan: Plan) -> list[Tensor | None]:
     gamma, beta, error = torch.randn(3, 24, generator=generator)
     found = [y, gamma, beta, error * 1e-3, torch.zeros(24), torch.ones(24)]
     found = [value.to(plan.rounding.device) for value in found]
-    return [*found[:4], None, *found[4:], *plan.rounding.sample()]
+    return [torch.empty_like(found[0]), *found[:4], None, *found[4:], *plan.rounding.sample()]
 
 
 def _backward_sample(plan: Plan) -> list[Tensor | None]:
     """The same for `backward`."""
-    y, gamma, beta, error, *rest = _forward_sample(plan)
-    _, *found = forward(y, gamma, beta, error, *rest, plan)  # type: ignore[arg-type]
+    given = _forward_sample(plan)
+    _, y, gamma, beta, error, *_ = given
+    found = forward(*given, plan)  # type: ignore[arg-type]
     assert y is not None
     grad = torch.randint(-5, 6, y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     return [grad, y, gamma, beta, error, *found]

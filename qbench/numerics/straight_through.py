@@ -253,6 +253,6 @@ class _FakeQuantizeBias(torch.autograd.Function):
 
 def fake_quantize_bias_ste(bias: Tensor, scale: Tensor, bits: int) -> Tensor:
     """`b̂ = f32(q_b · s_b)` with gradients to the bias (1, or 0 where saturated) and to its scale (the residual)."""
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and (bias.requires_grad or scale.requires_grad)):
         return dequantize_bias(bias_codes(bias, scale, bits)[0], scale, bits)
     return _FakeQuantizeBias.apply(bias, scale, bits)

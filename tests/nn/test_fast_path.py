@@ -351,6 +351,37 @@ def test_what_it_cannot_serve_takes_the_plain_path(change: object, monkeypatch: 
     assert len(calls) == (0 if dtype is torch.float64 else 1)  # the parameters alone
 
 
+def test_sizes_of_one_get_code_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size of 1 is a constant to the compiler: what is made for it must not be taken for other sizes, and back."""
+    torch.manual_seed(0)
+    calls = generated_calls(monkeypatch)
+    for kernel, inputs, pixels in ((3, 4, 9), (1, 1, 9), (3, 4, 3), (1, 1, 1), (1, 4, 9), (3, 2, 9)):
+        x = torch.randn(6, inputs, pixels, pixels)
+        model = nn.Sequential(nn.Conv2d(inputs, 6, kernel, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        model = qbench.prepare_qat(qbench.fuse(model), qconfig=qbench.get_qconfig(), example_inputs=(x,)).train()
+        fast = copy.deepcopy(model).apply(qbench.enable_fast_path)
+        assert (model(x) - fast(x)).abs().max() <= model[0].output_quantizer.scale * 1.01  # a code at most
+    assert set(calls) == {"generated"}
+
+
+def test_an_output_may_be_written_to() -> None:
+    model = prepared(network()).apply(qbench.enable_fast_path)
+    y = model(batches()[0])
+    torch.relu_(y).sum().backward()
+
+
+def test_scales_that_learn_keep_their_gradient() -> None:
+    model = qbench.fuse(network())
+    images = (torch.randn(2, 3, 12, 12),)
+    model = qbench.prepare_qat(model, qconfig=qbench.get_qconfig(method="lsq"), example_inputs=images).train()
+    model(images[0])
+    plain, fast = copy.deepcopy(model), copy.deepcopy(model).apply(qbench.enable_fast_path)
+    for one in (plain, fast):
+        one(images[0]).square().mean().backward()
+    for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
+
+
 def test_the_paths_are_reported() -> None:
     model = prepared(network())
     assert str(qbench.training_paths(model)) == "training path of 3 layers: 3 not called yet"

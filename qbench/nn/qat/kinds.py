@@ -190,6 +190,9 @@ class BatchNormKind(QatLayer):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(batch, channels, …) -> the same shape."""
+        if bias is None:
+            # In training. The same products, and not the convolution, which CPUs compute channel by channel.
+            return x * weight.reshape(1, -1, *[1] * (x.ndim - 2))
         if x.ndim == 2:  # (batch, channels) -> (batch, channels, 1), or it would be one image without a batch
             return F.conv1d(x.unsqueeze(-1), weight, bias, groups=weight.shape[0]).squeeze(-1)
         call = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]

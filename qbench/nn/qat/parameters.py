@@ -87,7 +87,7 @@ class TrainingParameters:
     Attributes:
         weight: `Ŵ/k`, with the gradient to `W`.
         qparams: Its grid, or None where it lies on none.
-        error: `e`, (out,), without a gradient; None where the bias stays float.
+        error: `e`, (out,), with the gradient to scales that learn; None where the bias stays float.
         silenced: Bool (out,): channels whose weights are all 0; None where there is none.
     """
 
@@ -97,9 +97,8 @@ class TrainingParameters:
     silenced: Tensor | None
 
 
-@torch.no_grad()
 def bias_error(folding: Folding, folded: Tensor, scale: Tensor | None) -> Tensor | None:
-    """`e = b̂ − b_f`, (out,); None where the bias stays float."""
+    """`e = b̂ − b_f`, (out,); None where the bias stays float. Its scale may carry a gradient: those that learn."""
     quantizer = folding.bias_quantizer
     return None if scale is None or quantizer is None else quantizer(folded, scale) - folded
 
@@ -107,7 +106,7 @@ def bias_error(folding: Folding, folded: Tensor, scale: Tensor | None) -> Tensor
 def generated_parameters(
     folding: Folding, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors, input_scale: Tensor | None
 ) -> TrainingParameters | None:
-    """`Ŵ/k` and `e` by generated code; None where there is none for it: other quantizers than min–max, groups.
+    """`Ŵ/k` and `e` by generated code; None where there is none for it: quantizers that clip, scales that learn.
 
     Args:
         folding: How.
@@ -118,6 +117,8 @@ def generated_parameters(
     """
     rows = _rows(weight)
     if rows is None or not _is_served(folding) or not (at_hand(weight) or on_gpu(weight)):
+        return None
+    if input_scale is not None and input_scale.requires_grad:
         return None
     code = generated(_training_parameters, _sample, _rule_of(folding), bn.eps, weight.device.type)
     if not code.ready():
