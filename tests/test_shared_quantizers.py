@@ -179,7 +179,7 @@ class TestRange:
         assert model.cat.output_quantizer.observer.uses == 3
         one, other = copy.deepcopy(model), copy.deepcopy(model)
         train(one, images(), steps=4)
-        monkeypatch.setattr("qbench.nn.qat.layer.fused_epilogue", lambda *_: None)
+        monkeypatch.setattr("qbench.nn.qat.body.fused_epilogue", lambda *_: None)
         train(other, images(), steps=4)
         expected = other.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in one.state_dict().items())
