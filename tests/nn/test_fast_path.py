@@ -320,6 +320,20 @@ class TestGenerated:
         assert "disk full" in code.failed and not code.ready()
         assert [record.message.count("disk full") for record in caplog.records] == [1]
 
+    def test_arguments_that_are_known_do_not_go_through_dynamo_again(self) -> None:
+        code = Generated(_twice, (2.0,), _ones)
+        assert code.ready()
+        code(torch.ones(4))
+
+        def not_again(*tensors: object) -> object:
+            raise RuntimeError("it was asked again")
+
+        code._compiled = not_again  # type: ignore[assignment]
+        assert torch.equal(code(torch.full((4,), 3.0))[0], torch.full((4,), 6.0)) and not code.failed  # type: ignore[arg-type]
+        for other in (torch.ones(5), torch.ones(4, dtype=torch.float64), torch.ones(8)[::2]):
+            code.failed = ""
+            assert torch.equal(code(other)[0], 2 * other) and "asked again" in code.failed  # type: ignore[arg-type]
+
     def test_other_bits_than_those_of_eager_operators_are_not_taken(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
