@@ -190,7 +190,7 @@ def normalize_clip_quantize(
         y: (batch, channels, …), float32, in memory as `in_rows` wants it.
         gamma: `γ`, (channels,), or None for ones.
         beta: `β`, (channels,), or None for zeros.
-        error: `e`, (channels,), or None for zeros; without a gradient.
+        error: `e`, (channels,), or None for zeros.
         moved: What is written to.
         code: For the plan with `in_rows(y)[1]`.
     """
@@ -233,7 +233,7 @@ class _Generated(torch.autograd.Function):
             _like(grad_y, y, code.plan) if wanted[0] else None,
             grad_gamma if wanted[1] else None,
             grad_beta if wanted[2] else None,
-            None,
+            grad_beta if wanted[3] else None,  # of e, which is added to β
             None,
             None,
         )

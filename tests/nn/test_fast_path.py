@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import math
@@ -394,6 +395,26 @@ def test_scales_that_learn_keep_their_gradient() -> None:
         one(images[0]).square().mean().backward()
     for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
+
+
+def test_the_bias_error_hands_its_gradient_on() -> None:
+    """Where the input's scale learns, `e` carries a gradient to it through layers whose own quantizers do not learn."""
+    images = (torch.randn(2, 3, 12, 12),)
+    model = qbench.fuse(network())
+    model = qbench.prepare_qat(model, qconfig=qbench.get_qconfig(), example_inputs=images).train()
+    model(images[0])
+    layer = next(m for m in model.modules() if isinstance(m, QatLayer))
+    plain = copy.deepcopy(layer)
+    gradients = []
+    for one in (plain, copy.deepcopy(layer).apply(qbench.enable_fast_path)):
+        parameters = one._training_parameters()
+        assert parameters.error is not None
+        error = parameters.error.clone().requires_grad_()
+        one._training_parameters = lambda found=parameters, e=error: dataclasses.replace(found, error=e)
+        one(images[0]).square().sum().backward()
+        assert one.path == ("generated" if one.fast_path else "fused") and error.grad is not None
+        gradients.append(error.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
 def test_the_paths_are_reported() -> None:
