@@ -198,12 +198,16 @@ def check_steps(job: Job, images: ImageData) -> None:
     Raises:
         ConfigError: it takes none.
     """
-    count = len(images.train)  # type: ignore[arg-type]
-    if training.count_steps(count, job.qat_training) == 0:
+    if _qat_steps(job, images) == 0:
+        count = len(images.train)  # type: ignore[arg-type]
         raise ConfigError(
             f"{job.qat_training.epochs:g} QAT epochs of {count} images in batches of {job.qat_training.batch_size} are "
             f"no step: a quantizer that saw no data has no range; the default is --qat-epochs {QAT_TRAINING.epochs:g}"
         )
+
+
+def _qat_steps(job: Job, images: ImageData) -> int:
+    return training.count_steps(len(images.train), job.qat_training)  # type: ignore[arg-type]
 
 
 def train(job: Job, images: ImageData, clock: Clock) -> Trained:
@@ -220,8 +224,7 @@ def train(job: Job, images: ImageData, clock: Clock) -> Trained:
         float_score = training.evaluate(model, held_out)
     with clock("qat", "train QAT"):
         prepared = _prepare(model, job, example)
-        steps = training.count_steps(len(images.train), job.qat_training)  # type: ignore[arg-type]
-        if job.fast_path == "on" or (job.fast_path == "auto" and steps >= WORTH_COMPILING):
+        if job.fast_path == "on" or (job.fast_path == "auto" and _qat_steps(job, images) >= WORTH_COMPILING):
             prepared.apply(enable_fast_path)
         fitted = training.fit(prepared, images.train, job.qat_training, label="QAT  ")
         clock.say(str(training_paths(prepared)))

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "qbench"
 
 FLOORS = (
     ("errors",),
+    ("attributes",),
     ("modes",),
     ("numerics",),
     ("graph",),

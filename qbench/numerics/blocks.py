@@ -10,7 +10,7 @@ there, kernels are fused by the compiler, or launched at a price.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -19,16 +19,10 @@ from torch import Tensor
 BLOCK = 1 << 16
 
 
-def at_hand(x: Tensor) -> bool:
-    """Whether values are there to be computed with at once: float32 on a CPU, neither fake nor compiled."""
+def at_hand(x: Tensor, devices: Collection[str] = ("cpu",)) -> bool:
+    """Whether values are there to be computed with at once: float32 on such a device, neither fake nor compiled."""
     eager = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    return eager and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-
-
-def on_gpu(x: Tensor) -> bool:
-    """The same on a CUDA device."""
-    eager = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    return eager and x.device.type == "cuda" and x.dtype == torch.float32 and x.numel() > 0
+    return eager and x.device.type in devices and x.dtype == torch.float32 and x.numel() > 0
 
 
 def in_blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -65,6 +59,23 @@ class Scratch:
         if self._room is None:
             self._room = torch.empty_like(block)
         return self._room if self._room.shape == block.shape else self._room[: len(block)]
+
+
+def channels_are_last(x: Tensor) -> bool | None:
+    """Whether (batch, channels, …) has its channels last in memory; None where its memory is in neither order."""
+    if x.is_contiguous():
+        return False
+    return True if x.movedim(1, -1).is_contiguous() else None
+
+
+def in_memory_order(x: Tensor, last: bool) -> Tensor:
+    """(batch, channels, …), or with `last` (batch, …, channels), contiguous: a view where memory is in that order."""
+    return (x.movedim(1, -1) if last else x).contiguous()
+
+
+def from_memory_order(values: Tensor, like: Tensor, last: bool) -> Tensor:
+    """The inverse of `in_memory_order`: as many values, in that order, as a view of the shape of `like`."""
+    return values.view(like.movedim(1, -1).shape).movedim(-1, 1) if last else values.view(like.shape)
 
 
 def dense(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ without it: its way to the code takes twice as long as the code of a small layer
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -23,12 +24,16 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor | None, ...]
+
+#: Types of the devices that code is generated for.
+DEVICES = ("cpu", "cuda")
+_T = TypeVar("_T")
 
 _LOG = logging.getLogger("qbench")
 _NUMBERS = itertools.count()
@@ -36,6 +41,7 @@ _NUMBERS = itertools.count()
 _refused: list[str] = []
 # Every reason that was logged.
 _reasons: list[str] = []
+_standing: dict[Any, Any] = {}
 
 
 class Generated:
@@ -227,6 +233,19 @@ def generated(
 ) -> Generated:
     """The one `Generated` of a function and these constants."""
     return Generated(function, constants, sample)
+
+
+def standing_for(configured: _T, *key: Any) -> _T:
+    """A copy of the first object that was given with this key: the constant of all that are configured alike.
+
+    Args:
+        configured: What its layer owns; what it keeps beside its configuration must not matter to the function.
+        key: Its kind and its whole configuration, hashable.
+    """
+    if key not in _standing:
+        _standing[key] = copy.deepcopy(configured)
+    found: _T = _standing[key]
+    return found
 
 
 def fma(x: Tensor, factor: Tensor, constant: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qbench.numerics.blocks import dense
+from qbench.numerics.blocks import dense, from_memory_order, in_memory_order
 from qbench.numerics.fused import Statistics
 from qbench.numerics.generated import Generated, Tensors, fma, generated
 from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
@@ -112,6 +112,11 @@ class Plan:
     eps: float
     rounding: Rounding
 
+    def in_rows(self, y: Tensor) -> Tensor:
+        """(batch, channels, …) as (outer, channels, inner), or with channels last as (outer, inner, channels)."""
+        ordered = in_memory_order(y, self.last)
+        return ordered.view(-1, *ordered.shape[-2:]) if self.last else ordered.view(*ordered.shape[:2], -1)
+
     def wide(self, values: Tensor) -> Tensor:
         """(channels,), shaped so that it broadcasts against (outer, …)."""
         return values if self.last else values[:, None]
@@ -170,29 +175,18 @@ def clip_code(*rounding: Any) -> Generated:
     return generated(_clip, _clip_sample, Rounding(*rounding))
 
 
-def in_rows(y: Tensor) -> tuple[Tensor, bool] | None:
-    """(batch, channels, …) as (outer, channels, inner), or with channels last as (outer, inner, channels), and which.
-
-    None where its memory is in no such order.
-    """
-    if y.is_contiguous():
-        return y.view(y.shape[0], y.shape[1], -1), False
-    moved = y.movedim(1, -1)
-    return (moved.view(-1, *moved.shape[-2:]), True) if moved.is_contiguous() else None
-
-
 def normalize_clip_quantize(
     y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, moved: Moved, code: Code
 ) -> Tensor:
     """`fused.normalize_clip_quantize` by generated code.
 
     Args:
-        y: (batch, channels, …), float32, in memory as `in_rows` wants it.
+        y: (batch, channels, …), float32, in the memory order of the plan.
         gamma: `γ`, (channels,), or None for ones.
         beta: `β`, (channels,), or None for zeros.
         error: `e`, (channels,), or None for zeros.
         moved: What is written to.
-        code: For the plan with `in_rows(y)[1]`.
+        code: For the plan with `channels_are_last(y)`.
     """
     out: Tensor = _Generated.apply(y, gamma, beta, error, moved, code)
     return out
@@ -209,13 +203,11 @@ class _Generated(torch.autograd.Function):
         moved: Moved,
         code: Code,
     ) -> Tensor:
-        rows = in_rows(y)
-        assert rows is not None
         to = moved.statistics
         kept = moved.silenced, to.running_mean, to.running_var, moved.scale, moved.zero_point, *moved.state
         # Made here, and not by the code: a view of what that made could not be written to by what comes next.
         out = torch.empty_like(y)
-        found = code.forward(_as_rows(out, code.plan), rows[0], gamma, beta, error, *kept)
+        found = code.forward(code.plan.in_rows(out), code.plan.in_rows(y), gamma, beta, error, *kept)
         ctx.code = code
         ctx.save_for_backward(y, gamma, beta, error, *found)
         return out
@@ -225,30 +217,18 @@ class _Generated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, *saved = ctx.saved_tensors
         code: Code = ctx.code
-        given = [_as_rows(tensor, code.plan) for tensor in (grads[0], y)]
-        grad_y, grad_gamma, grad_beta = code.backward(*given, *saved)
+        plan = code.plan
+        grad_y, grad_gamma, grad_beta = code.backward(plan.in_rows(grads[0]), plan.in_rows(y), *saved)
         assert grad_y is not None
         wanted = ctx.needs_input_grad
         return (
-            _like(grad_y, y, code.plan) if wanted[0] else None,
+            from_memory_order(grad_y, y, plan.last) if wanted[0] else None,
             grad_gamma if wanted[1] else None,
             grad_beta if wanted[2] else None,
             grad_beta if wanted[3] else None,  # of e, which is added to β
             None,
             None,
         )
-
-
-def _as_rows(tensor: Tensor, plan: Plan) -> Tensor:
-    if plan.last:
-        moved = tensor.movedim(1, -1).contiguous()
-        return moved.view(-1, *moved.shape[-2:])
-    return tensor.contiguous().view(*tensor.shape[:2], -1)
-
-
-def _like(rows: Tensor, y: Tensor, plan: Plan) -> Tensor:
-    """The inverse of `in_rows`, for the shape of `y`."""
-    return rows.view(y.movedim(1, -1).shape).movedim(-1, 1) if plan.last else rows.view(y.shape)
 
 
 def forward(

@@ -10,9 +10,11 @@ no sum of products can tell.)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,22 @@ from qbench.numerics.qparams import QParams
 def say_once(message: str) -> None:
     """Put a message into the log, the first time."""
     logging.getLogger("qbench").warning(message)
+
+
+_listeners: list[Callable[[Tensor], object]] = []
+
+
+@contextlib.contextmanager
+def kept_tensors_told_to(listener: Callable[[Tensor], object]) -> Iterator[None]:
+    """While it is entered, `SavingCodes` tells of each tensor that it keeps.
+
+    Of hooks that are nested, PyTorch calls the inner ones alone: hooks around these would not see it.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +109,15 @@ class SavingCodes(torch.autograd.graph.saved_tensors_hooks):
         self._coded.clear()
 
     def _pack(self, saved: Tensor) -> Any:
+        kept = self._coded_or_same(saved)
+        tensors = (kept[0].codes, kept[0].scale, kept[0].zero) if isinstance(kept, tuple) else (kept,)
+        for listener in _listeners:
+            for tensor in tensors:
+                if tensor is not None:
+                    listener(tensor)
+        return kept
+
+    def _coded_or_same(self, saved: Tensor) -> Tensor | tuple[Coded, torch.Size, tuple[int, ...]]:
         tensor, qparams = self._known.get(saved.data_ptr(), (None, None))
         if tensor is None or qparams is None or tensor.numel() != saved.numel() or tensor.dtype != saved.dtype:
             return saved

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbench.attributes import own_attributes
 from qbench.errors import ConfigError
 from qbench.numerics.blocks import dense
 from qbench.numerics.qparams import QParams, QSpec, choose_qparams, in_groups
-
-# `training` is among them: what an observer does never depends on it.
-_MODULE_STATE = frozenset(vars(nn.Module()))
 
 
 class Observer(nn.Module):
@@ -99,7 +97,7 @@ class Observer(nn.Module):
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
         """What it has apart from tensors: those of the same type and settings follow ranges alike."""
-        return tuple((name, value) for name, value in vars(self).items() if name not in _MODULE_STATE)
+        return tuple(own_attributes(self).items())
 
     @property
     def by_ends(self) -> bool:

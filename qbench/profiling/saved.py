@@ -11,12 +11,11 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qbench.numerics.saved_codes import Coded, SavingCodes
+from qbench.numerics.saved_codes import kept_tensors_told_to
 
 
 def saved_for_backward(call: Callable[[], Tensor], *owned: Tensor) -> tuple[Tensor, int]:
@@ -52,33 +51,5 @@ def counting_saved(owned: Iterable[Tensor], owner: Callable[[], str] = lambda: "
             found[owner()] += storage.nbytes()
         return tensor
 
-    with _seeing_codes(note), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with kept_tensors_told_to(note), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield found
-
-
-@contextlib.contextmanager
-def _seeing_codes(note: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Of hooks that are nested, PyTorch calls the inner ones alone: what low memory keeps is noted where it is kept."""
-    pack = SavingCodes._pack
-
-    def seen(hooks: SavingCodes, saved: Tensor) -> Any:
-        kept = pack(hooks, saved)
-        for tensor in _tensors(kept):
-            note(tensor)
-        return kept
-
-    SavingCodes._pack = seen  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        SavingCodes._pack = pack  # type: ignore[method-assign]
-
-
-def _tensors(kept: Any) -> Iterator[Tensor]:
-    if isinstance(kept, Tensor):
-        yield kept
-    elif isinstance(kept, Coded):
-        yield from (tensor for tensor in (kept.codes, kept.scale, kept.zero) if tensor is not None)
-    elif isinstance(kept, tuple):
-        for part in kept:
-            yield from _tensors(part)

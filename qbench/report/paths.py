@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-#: Generated code; one function of PyTorch's operators, in blocks; step by step.
-PATHS = ("generated", "fused", "steps")
+#: What each path is: of a layer that was not called yet, none.
+PATHS = {
+    "generated": "generated code",
+    "fused": "one function in blocks",
+    "steps": "step by step",
+    "": "not called yet",
+}
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,7 @@ class TrainingPaths:
     """The path of each layer in its last forward in training.
 
     Attributes:
-        layers: One of `PATHS` by path of the layer in the model; "" for a layer that was not called yet.
+        layers: One of `PATHS` by path of the layer in the model.
         refused: Why generated code is not taken where it was asked for, each reason once.
     """
 
@@ -23,9 +28,7 @@ class TrainingPaths:
 
     def __str__(self) -> str:
         counts = Counter(self.layers.values())
-        parts = [f"{counts[path]} {name}" for path, name in zip((*PATHS, ""), _NAMES, strict=True) if counts[path]]
+        parts = [f"{counts[path]} {name}" for path, name in PATHS.items() if counts[path]]
         text = f"training path of {len(self.layers)} layers: {', '.join(parts) or 'none'}"
         return f"{text} ({'; '.join(self.refused)})" if self.refused else text
 
-
-_NAMES = ("generated code", "one function in blocks", "step by step", "not called yet")

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from qbench.attributes import own_attributes
 from qbench.errors import FusionError, LinkError, PreparationError
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import producer_of
@@ -273,7 +274,6 @@ _OWN_STATE = frozenset(
         *("bn", "bn_frozen", "low_memory", "fast_path", "path", "activation_module", "pre_activation_quantizer"),
     }
 )
-_MODULE_STATE = frozenset(vars(nn.Module()))
 
 
 def adopt_state(target: nn.Module, source: nn.Module) -> None:
@@ -281,8 +281,7 @@ def adopt_state(target: nn.Module, source: nn.Module) -> None:
 
     A layer's class and its QAT form differ in class only, so this replaces a constructor call per kind of layer.
     """
-    for name, value in vars(source).items():
-        if name not in _MODULE_STATE and name not in _OWN_STATE:
-            target.__dict__[name] = value
+    kept = {name: value for name, value in own_attributes(source).items() if name not in _OWN_STATE}
+    target.__dict__.update(kept)
     target._parameters.update(source._parameters)
     target._buffers.update(source._buffers)

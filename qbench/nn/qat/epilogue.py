@@ -13,10 +13,8 @@ quantizer is one function instead (`qbench.numerics.fused`), with the same value
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +24,13 @@ from qbench.fake_quantize.base import is_hooked
 from qbench.fake_quantize.producers import note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.numerics import fused
-from qbench.numerics.blocks import at_hand, dense, on_gpu
+from qbench.numerics.blocks import at_hand, channels_are_last, dense
+from qbench.numerics.generated import DEVICES, standing_for
 from qbench.numerics.generated_epilogue import (
     Moved,
     clip_code,
     clip_quantize,
     generated_code,
-    in_rows,
     normalize_clip_quantize,
 )
 from qbench.observers import Observer
@@ -89,7 +87,7 @@ def generated_epilogue(
         bounds: As there.
         quantizer: As there.
     """
-    if quantizer is None or bounds is None or not (at_hand(y) or on_gpu(y)) or not quantizer.rounds_plainly:
+    if quantizer is None or bounds is None or not at_hand(y, DEVICES) or not quantizer.rounds_plainly:
         return None
     observes = quantizer.training and quantizer.observer_enabled
     if quantizer.scale.dtype != torch.float32 or (observes and not quantizer.observer.by_ends):
@@ -104,10 +102,10 @@ def generated_epilogue(
             return None
         out = clip_quantize(y, *grid, state, code)
     else:
-        rows = in_rows(y)
-        if rows is None or y.numel() == y.shape[1] or not bn.plain(y):
+        last = channels_are_last(y)
+        if last is None or y.numel() == y.shape[1] or not bn.plain(y):
             return None
-        both = generated_code(rows[1], bn.holder.momentum, bn.holder.eps, *rounding)
+        both = generated_code(last, bn.holder.momentum, bn.holder.eps, *rounding)
         if not both.ready():
             return None
         bn.holder._check_input_dim(y)
@@ -117,17 +115,9 @@ def generated_epilogue(
     return note_producer(out, quantizer)
 
 
-# One observer for all of the same type and settings, so that their layers share code: it is asked how ranges move, not
-# what it has seen.
-_RULES: dict[Any, Observer] = {}
-
-
 def rule_of(observer: Observer) -> Observer:
-    """The observer that stands for all which follow ranges as this one does."""
-    key = type(observer), observer.settings()
-    if key not in _RULES:
-        _RULES[key] = copy.deepcopy(observer)
-    return _RULES[key]
+    """The observer that stands for all which follow ranges as this one does: asked how they move, not what it saw."""
+    return standing_for(observer, type(observer), observer.settings())
 
 
 def bounds_of(activation: nn.Module | None) -> tuple[float, float] | None:

@@ -9,18 +9,16 @@ Functions of tensors and of two quantizers that keep no tensors, so that they ca
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.fake_quantize.base import is_hooked
-from qbench.numerics.blocks import at_hand, on_gpu
+from qbench.numerics.blocks import at_hand, channels_are_last, from_memory_order, in_memory_order
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
-from qbench.numerics.generated import Tensors, generated
+from qbench.numerics.generated import DEVICES, Tensors, generated, standing_for
 from qbench.numerics.qparams import QParams
 from qbench.numerics.straight_through import straight_through
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
@@ -115,20 +113,18 @@ def generated_parameters(
         bn: The BatchNorm's tensors.
         input_scale: `s_in`, (), or None.
     """
-    rows = _rows(weight)
-    if rows is None or not _is_served(folding) or not (at_hand(weight) or on_gpu(weight)):
+    last = channels_are_last(weight)
+    if last is None or not _is_served(folding) or not at_hand(weight, DEVICES):
         return None
     if input_scale is not None and input_scale.requires_grad:
         return None
     code = generated(_training_parameters, _sample, _rule_of(folding), bn.eps, weight.device.type)
     if not code.ready():
         return None
-    given = rows, bias, bn.gamma, bn.beta, bn.mean, bn.var, input_scale
+    given = in_memory_order(weight.detach(), last).flatten(1), bias, bn.gamma, bn.beta, bn.mean, bn.var, input_scale
     value, step, error, silenced = code(*given)
     assert value is not None and step is not None
-    moved = weight if weight.is_contiguous() else weight.movedim(1, -1)
-    value = value.view(moved.shape)
-    value = value if weight.is_contiguous() else value.movedim(-1, 1)
+    value = from_memory_order(value, weight, last)
     spec = folding.weight_quantizer.spec
     qparams = QParams(step, torch.zeros_like(step, dtype=torch.int32), spec.qmin, spec.qmax, spec.axis)
     return TrainingParameters(straight_through(weight, value), qparams, error, silenced)
@@ -166,14 +162,6 @@ def _sample(folding: Folding, eps: float, device: str) -> list[Tensor | None]:
     return [weight, None, *others]
 
 
-def _rows(weight: Tensor) -> Tensor | None:
-    """A weight (out, …) as (out, values), in the order of memory; None where it has gaps."""
-    if weight.is_contiguous():
-        return weight.detach().flatten(1)
-    moved = weight.detach().movedim(1, -1)
-    return moved.flatten(1) if moved.is_contiguous() else None
-
-
 def _is_served(folding: Folding) -> bool:
     quantizer = folding.weight_quantizer
     plain = type(quantizer) is FakeQuantize and quantizer.fake_quant_enabled and quantizer.stateless
@@ -182,13 +170,7 @@ def _is_served(folding: Folding) -> bool:
     return moving and not folding.layout.transposed and not is_hooked(quantizer, quantizer.observer)
 
 
-# One for all that are configured alike, so that their layers share code.
-_RULES: dict[Any, Folding] = {}
-
-
 def _rule_of(folding: Folding) -> Folding:
     observer, quantizer = folding.weight_quantizer.observer, folding.bias_quantizer
     key = folding.weight_quantizer.spec, type(observer), observer.settings(), quantizer and quantizer.spec
-    if key not in _RULES:
-        _RULES[key] = copy.deepcopy(folding)
-    return _RULES[key]
+    return standing_for(folding, Folding, *key)
