@@ -1,4 +1,8 @@
-"""Matrix products in ExecuTorch files: their codes in a fresh process are those of the integer program."""
+"""Matrix products in ExecuTorch files, loaded in a fresh process.
+
+Those by a stored matrix have the integer program's codes, every one; those that ExecuTorch computes in float have them up
+to the rounding of float sums.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +114,7 @@ QUICK = ("a stack by a stored matrix", "two matrices", "a zero point")
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 )
-def test_every_code_is_that_of_the_integer_program(case: str, tmp_path: Path) -> None:
+def test_codes_are_those_of_the_integer_program(case: str, tmp_path: Path) -> None:
     program = export(case)
     with torch.no_grad():
         report = to_executorch(program, tmp_path / "products.pte")
@@ -123,7 +127,9 @@ def test_every_code_is_that_of_the_integer_program(case: str, tmp_path: Path) ->
         for batch in batches(case):
             [got] = runner.run([x.numpy() for x in batch])
             codes, wanted = (hand.output_codes(y, *OUT) for y in (got, program.module()(*batch).numpy()))
-            assert int((codes != wanted).sum()) == 0
+            # A product in float sums in an order of its own: a value at the middle between two codes may go either way.
+            assert int(np.abs(codes - wanted).max()) <= (case in FLOAT)
+            assert int((codes != wanted).sum()) <= (0.02 * codes.size if case in FLOAT else 0)
             found.append(codes)
     assert len(np.unique(np.concatenate(found))) > 15
 
