@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qbench.errors import NumericsError, QBenchWarning
 from qbench.fake_quantize.producers import note_producer
 from qbench.numerics.qparams import QParams, QSpec
-from qbench.numerics.straight_through import fake_quantize_ste
+from qbench.numerics.straight_through import GridGradient, fake_quantize_ste
 from qbench.observers import FixedObserver, Observer
 
 
@@ -125,12 +125,17 @@ class FakeQuantize(nn.Module):
         """`x` on a grid, with this quantizer's gradient. Shape and dtype of `x`."""
         return fake_quantize_ste(x, qparams)
 
+    def note_size(self, x: Tensor) -> None:
+        """In training, take note of what matters of an activation's size. Here: nothing."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Observe (in training), then put `x` on the grid. Shape and dtype of `x`."""
         if self.stateless:
             return self.fake_quantize(x, self.qparams_of(x)) if self.fake_quant_enabled else x
-        if self.training and self.observer_enabled:
-            self._observe(x)
+        if self.training:
+            self.note_size(x)
+            if self.observer_enabled:
+                self._observe(x)
         if not self.fake_quant_enabled:
             return x
         if not self.seen_data:
@@ -181,12 +186,17 @@ class FakeQuantize(nn.Module):
         self.set_grid(self.grid_from(self.observer(x)))
 
     @property
+    def grid_gradient(self) -> GridGradient | None:
+        """How `fake_quantize` hands gradients to the grid; None where it is of no form that fused functions know."""
+        return "none" if type(self).fake_quantize is FakeQuantize.fake_quantize else None
+
+    @property
     def rounds_plainly(self) -> bool:
-        """Whether a forward is `watch`, then `fake_quantize_ste` per tensor: then a fused function may do it."""
+        """Whether a forward is `watch`, then rounding with `grid_gradient`, per tensor: a fused function may do it."""
         kind, base = type(self), FakeQuantize
-        plain = (kind.forward, kind.fake_quantize, kind._observe) == (base.forward, base.fake_quantize, base._observe)
+        plain = (kind.forward, kind._observe) == (base.forward, base._observe) and self.grid_gradient == "none"
         ready = self.active or (self.fake_quant_enabled and self.training and self.observer_enabled)
-        return plain and ready and not self.learned and self.scale.ndim == 0 and not is_hooked(self, self.observer)
+        return plain and ready and self.scale.ndim == 0 and not is_hooked(self, self.observer)
 
     def watch(self, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> QParams:
         """Observe `x` (in training) and answer with the grid in use.

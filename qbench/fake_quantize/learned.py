@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from qbench.errors import ConfigError, NumericsError
-from qbench.fake_quantize.base import FakeQuantize
+from qbench.fake_quantize.base import FakeQuantize, is_hooked
 from qbench.numerics.qparams import SMALLEST_SCALE, QParams, QSpec
-from qbench.numerics.straight_through import straight_through
+from qbench.numerics.straight_through import GridGradient
 
 
 class LearnedFakeQuantize(FakeQuantize):
@@ -88,6 +88,27 @@ class LearnedFakeQuantize(FakeQuantize):
         """`v = v₀ + δ`, float32, with the gradient to `δ`."""
         value = self.start.float() + self.change.float()
         return value if torch.compiler.is_compiling() else _Notice.apply(value, self)
+
+    @property
+    def grid_gradient(self) -> GridGradient | None:
+        """See `FakeQuantize.grid_gradient`."""
+        return "residual" if type(self).fake_quantize is FakeQuantize.fake_quantize else None
+
+    @property
+    def rounds_plainly(self) -> bool:
+        """See `FakeQuantize.rounds_plainly`; not while it looks for its start, which takes the tensor."""
+        if type(self).forward is not FakeQuantize.forward or self.grid_gradient is None:
+            return False
+        looking = self.training and self.observer_enabled and not self.learning
+        return self.active and not looking and self.change.ndim == 0 and not is_hooked(self, self.observer)
+
+    def zero_point_of(self, grid: QParams) -> Tensor | None:
+        """The zero point of a `snapshot` as float32 with its gradient, where it is learned. Here: None."""
+        return None
+
+    def regularized(self, y: Tensor) -> Tensor:
+        """What it puts out, and what it adds to the gradient of what is learned. Here: nothing."""
+        return y
 
     # What a kind of quantizer says of itself.
 
@@ -165,11 +186,28 @@ class _Notice(torch.autograd.Function):
         return grads[0], None
 
 
-def positive(scale: Tensor) -> Tensor:
+def positive(scale: Tensor, factor: Tensor | None = None) -> Tensor:
     """|scale|, at least the smallest scale; ∂/∂scale = ±1, never 0 (a scale of 0 could not move).
 
     A step of the optimizer that overshoots zero lands as far on the other side, as if reflected, so a learned scale is
     positive whatever the learning rate; NaN and infinity stay, to be found by `QParams.check`.
+
+    Args:
+        scale: float32, any shape.
+        factor: What its gradient is multiplied by, of the same shape; None for 1.
     """
-    signed = torch.where(scale < 0, -scale, scale)
-    return straight_through(signed, signed.clamp(min=SMALLEST_SCALE))
+    out: Tensor = _Positive.apply(scale, factor)
+    return out
+
+
+class _Positive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, factor: Tensor | None) -> Tensor:
+        ctx.save_for_backward(scale, factor)
+        return scale.abs().clamp(min=SMALLEST_SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        scale, factor = ctx.saved_tensors
+        grad = torch.where(scale < 0, -grads[0], grads[0])
+        return grad if factor is None else grad * factor, None

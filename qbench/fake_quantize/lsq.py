@@ -17,12 +17,13 @@ another.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from qbench.fake_quantize.learned import LearnedFakeQuantize, positive
 from qbench.numerics.qparams import QParams
-from qbench.numerics.straight_through import scale_gradient
 
 
 class LSQ(LearnedFakeQuantize):
@@ -43,11 +44,9 @@ class LSQ(LearnedFakeQuantize):
         super().fit_to(weight)
         self.sharing.fill_(weight.numel() / max(1, self.start.numel()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Observe until it learns, then put `x` on the grid. Shape and dtype of `x`."""
-        if self.training:
-            self.sharing.fill_(x[0].numel() if x.ndim else 1)
-        return super().forward(x)
+    def note_size(self, x: Tensor) -> None:
+        """`N` is the number of values in one sample."""
+        self.sharing.fill_(math.prod(x.shape[1:]))
 
     def start_from(self, found: QParams) -> Tensor:
         """The scale."""
@@ -55,7 +54,7 @@ class LSQ(LearnedFakeQuantize):
 
     def scale_of(self, value: Tensor) -> Tensor:
         """`s = |v|`, whose gradient is multiplied by `g`."""
-        return positive(scale_gradient(value, self.gradient_scale()))
+        return positive(value, self.gradient_scale())
 
     def gradient_scale(self) -> Tensor:
         """`g`, shape of the scale."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qbench.errors import ConfigError
 from qbench.fake_quantize.lsq import LSQ
 from qbench.numerics.qparams import QParams, QSpec
-from qbench.numerics.straight_through import fake_quantize_ste, scale_gradient, straight_through
+from qbench.numerics.straight_through import GridGradient, fake_quantize_ste, scale_gradient, straight_through
 
 
 class LSQPlus(LSQ):
@@ -62,7 +62,16 @@ class LSQPlus(LSQ):
 
     def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """`x` on the grid, with the gradients to `s` and `β`."""
-        return fake_quantize_ste(x, qparams, self._zero_point(qparams.scale))
+        return fake_quantize_ste(x, qparams, self.zero_point_of(qparams))
+
+    @property
+    def grid_gradient(self) -> GridGradient | None:
+        """See `FakeQuantize.grid_gradient`."""
+        return "residual" if type(self).fake_quantize is LSQPlus.fake_quantize else None
+
+    def zero_point_of(self, grid: QParams) -> Tensor | None:
+        """See `LearnedFakeQuantize.zero_point_of`."""
+        return self._zero_point(grid.scale)
 
     def _zero_point(self, scale: Tensor) -> Tensor:
         """`z`, float32, (), with the gradients to `s` and `β`."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from qbench.errors import ConfigError
 from qbench.fake_quantize.learned import LearnedFakeQuantize, positive
 from qbench.numerics.qparams import QParams, QSpec
-from qbench.numerics.straight_through import clip_and_round
+from qbench.numerics.straight_through import GridGradient, clip_and_round
 from qbench.observers import Observer
 
 
@@ -59,7 +59,17 @@ class PACT(LearnedFakeQuantize):
 
     def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """`x` on the grid, with the gradients of the clip and of the regularizer."""
-        return _Regularized.apply(clip_and_round(x, qparams), self.value(), self.decay)
+        return self.regularized(clip_and_round(x, qparams))
+
+    @property
+    def grid_gradient(self) -> GridGradient | None:
+        """See `FakeQuantize.grid_gradient`."""
+        return "bounds" if type(self).fake_quantize is PACT.fake_quantize else None
+
+    def regularized(self, y: Tensor) -> Tensor:
+        """See `LearnedFakeQuantize.regularized`: `λ·α`."""
+        out: Tensor = _Regularized.apply(y, self.value(), self.decay)
+        return out
 
     def _positive_codes(self, zero_point: Tensor) -> Tensor:
         return (self.spec.qmax - zero_point).clamp(min=1)

@@ -15,85 +15,23 @@ numbers; rows are summed in float32, sums of rows in float64.
 
 Tensors come as (outer, channels, inner) or, with channels last, as (outer, inner, channels).
 
-Without BatchNorm, a sum of activations for example, the same in place: one read for the ends, one read and write, and
-one byte a value that says whether its gradient passes.
+Where the grid is learned it is there before the tensor is, and nothing looks for ends; pass 3 sums its gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qbench.numerics.blocks import dense, from_memory_order, in_memory_order
+from qbench.numerics.blocks import from_memory_order, in_memory_order
 from qbench.numerics.fused import Statistics
 from qbench.numerics.generated import Generated, Tensors, fma, generated
-from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounding:
-    """An activation that clamps and the quantizer behind it, as far as they stay the same from step to step.
-
-    Attributes:
-        low: Lower bound of the activation; −inf where it has none.
-        high: Upper bound of the activation; inf where it has none.
-        spec: Of the output's grid.
-        observer: Whose `follow` says how the range moves; None where it stays.
-        device: Type of the device.
-    """
-
-    low: float
-    high: float
-    spec: QSpec
-    observer: Any
-    device: str
-
-    def clip(self, v: Tensor) -> Tensor:
-        """The activation."""
-        if self.low == -math.inf and self.high == math.inf:
-            return v
-        return v.clamp(None if self.low == -math.inf else self.low, None if self.high == math.inf else self.high)
-
-    def move(
-        self, low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor, state: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The grid, `s` and `z`, after a tensor with these ends, as tensors of its own; writes what is remembered."""
-        if self.observer is not None:
-            low, high, *new = self.observer.follow(low, high, *state)
-            for old, value in zip(state, new, strict=True):
-                old.copy_(value)
-            found = choose_qparams(low, high, self.spec)
-            scale.copy_(found.scale)
-            zero_point.copy_(found.zero_point)
-        return scale.clone(), zero_point.clone()
-
-    def round(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """The values of `clip(v)` on the grid."""
-        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
-        return (self.clip(v) * (1.0 / scale)).round().maximum(least).minimum(most) * scale
-
-    def passes(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Bool: where neither the activation nor the grid cuts, so that the gradient passes."""
-        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
-        steps = (v * (1.0 / scale)).round()
-        inside = (steps >= least) & (steps <= most)
-        if self.low > -math.inf:
-            inside = inside & (v > self.low)
-        if self.high < math.inf:
-            inside = inside & (v < self.high)
-        return inside
-
-    def sample(self) -> list[Tensor]:
-        """A grid and an observer's state, to try it with."""
-        state = () if self.observer is None else (value.clone() for value in self.observer.state())
-        found = [torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), *state]
-        return [value.to(self.device) for value in found]
+from qbench.numerics.generated_rounding import Learned, Rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,17 +104,18 @@ class Code:
 def generated_code(last: bool, momentum: float, eps: float, *rounding: Any) -> Code:
     """Both directions of a plan; `rounding` is what `Rounding` is made of."""
     plan = Plan(last, momentum, eps, Rounding(*rounding))
-    return Code(plan, generated(forward, _forward_sample, plan), generated(backward, _backward_sample, plan))
-
-
-@functools.lru_cache(maxsize=256)
-def clip_code(*rounding: Any) -> Generated:
-    """The code of `clip_quantize`; `rounding` is what `Rounding` is made of."""
-    return generated(_clip, _clip_sample, Rounding(*rounding))
+    fixed = dataclasses.replace(plan, rounding=dataclasses.replace(plan.rounding, gradient="none"))
+    return Code(plan, generated(forward, _forward_sample, fixed), generated(backward, _backward_sample, plan))
 
 
 def normalize_clip_quantize(
-    y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, moved: Moved, code: Code
+    y: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    error: Tensor | None,
+    moved: Moved,
+    code: Code,
+    learned: Learned = (None, None),
 ) -> Tensor:
     """`fused.normalize_clip_quantize` by generated code.
 
@@ -187,8 +126,9 @@ def normalize_clip_quantize(
         error: `e`, (channels,), or None for zeros.
         moved: What is written to.
         code: For the plan with `channels_are_last(y)`.
+        learned: `s` and `z`, float32, (), where they carry a gradient; the values are those in `moved`.
     """
-    out: Tensor = _Generated.apply(y, gamma, beta, error, moved, code)
+    out: Tensor = _Generated.apply(y, gamma, beta, error, *learned, moved, code)
     return out
 
 
@@ -200,6 +140,8 @@ class _Generated(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         error: Tensor | None,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
         moved: Moved,
         code: Code,
     ) -> Tensor:
@@ -218,7 +160,8 @@ class _Generated(torch.autograd.Function):
         y, *saved = ctx.saved_tensors
         code: Code = ctx.code
         plan = code.plan
-        grad_y, grad_gamma, grad_beta = code.backward(plan.in_rows(grads[0]), plan.in_rows(y), *saved)
+        found = code.backward(plan.in_rows(grads[0]), plan.in_rows(y), *saved)
+        grad_y, grad_gamma, grad_beta, *grad_grid = found
         assert grad_y is not None
         wanted = ctx.needs_input_grad
         return (
@@ -226,6 +169,7 @@ class _Generated(torch.autograd.Function):
             grad_gamma if wanted[1] else None,
             grad_beta if wanted[2] else None,
             grad_beta if wanted[3] else None,  # of e, which is added to β
+            *(value if needed else None for value, needed in zip(grad_grid or (None, None), wanted[4:6], strict=True)),
             None,
             None,
         )
@@ -294,7 +238,7 @@ def backward(
     zero_point: Tensor,
     plan: Plan,
 ) -> Tensors:
-    """Gradients to `y`, like `y`, and to γ and β, (channels,).
+    """Gradients to `y`, like `y`, and to γ and β, (channels,); and to `s` and `z`, (), where they learn.
 
     Args:
         grad: Like `y`.
@@ -317,54 +261,11 @@ def backward(
     along = (kept * centred).sum(axis).double().sum(0) * inverse
     shift, slope = (total / count).float(), (along / count * inverse).float()
     grad_y = (kept - plan.wide(shift) - centred * plan.wide(slope)) * plan.wide(factor)
-    return grad_y, along.float(), total.float()
-
-
-def clip_quantize(v: Tensor, scale: Tensor, zero_point: Tensor, state: tuple[Tensor, ...], code: Generated) -> Tensor:
-    """`fused.clip_quantize` by generated code: in place.
-
-    Args:
-        v: float32, any shape, without gaps in memory, and not a view.
-        scale: `s`, float32, (), written to.
-        zero_point: `z`, int32, (), written to.
-        state: The observer's, written to.
-        code: Of `clip_code`.
-    """
-    out: Tensor = _GeneratedClip.apply(v, scale, zero_point, state, code)
-    return out
-
-
-class _GeneratedClip(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, v: Tensor, scale: Tensor, zero_point: Tensor, state: tuple[Tensor, ...], code: Generated
-    ) -> Tensor:
-        ctx.mark_dirty(v)
-        (mask,) = code(dense(v).view(-1), scale, zero_point, *state)
-        assert mask is not None
-        ctx.save_for_backward(mask.as_strided(v.shape, v.stride()))
-        return v
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0] * ctx.saved_tensors[0], None, None, None, None
-
-
-def _clip(v: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensors:
-    """Where gradients pass, int8, (values,); `v`, (values,), becomes what it is on the grid."""
-    *state, rounding = rest
-    clipped = rounding.clip(v)
-    grid = rounding.move(clipped.amin(), clipped.amax(), scale, zero_point, state)
-    # A bool that is converted or stored makes Inductor's loop scalar on CPUs, ten times slower; a choice of floats not.
-    mask = torch.where(rounding.passes(v, *grid), 1.0, 0.0).to(torch.int8)
-    v.copy_(rounding.round(v, *grid))
-    return (mask,)
-
-
-def _clip_sample(rounding: Rounding) -> list[Tensor | None]:
-    v = torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 3
-    return [v.to(rounding.device), *rounding.sample()]
+    if plan.rounding.gradient == "none":
+        return grad_y, along.float(), total.float()
+    to_scale, to_zero = plan.rounding.to_grid(grad, value, scale, zero_point)
+    grad_scale, outside = to_scale.sum(axis).double().sum(), to_zero.sum(axis).double().sum()
+    return grad_y, along.float(), total.float(), grad_scale.float(), -scale * outside.float()
 
 
 def _forward_sample(plan: Plan) -> list[Tensor | None]:
@@ -386,6 +287,9 @@ def _backward_sample(plan: Plan) -> list[Tensor | None]:
     found = forward(*given, plan)  # type: ignore[arg-type]
     assert y is not None
     grad = torch.randint(-5, 6, y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    if plan.rounding.gradient != "none":  # what goes to the grid is not whole: one value of each row, then
+        row = plan.rows(y)
+        grad = grad * (torch.arange(y.shape[row], device=y.device).view(-1, *[1] * (2 - row)) == 7)
     return [grad, y, gamma, beta, error, *found]
 
 

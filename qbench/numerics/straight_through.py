@@ -14,7 +14,7 @@ not the bits: the sum rounds once more.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ from torch import Tensor
 from qbench.numerics.bias import bias_codes, dequantize_bias
 from qbench.numerics.blocks import Scratch, at_hand, in_blocks
 from qbench.numerics.qparams import QParams, along_axis, steps_from_zero
+
+#: What the gradient to a scale `s` is, for each value, where `c` is its code less the zero point:
+#:   "none"      there is none
+#:   "residual"  c − x/s inside the range, c outside; and that to the zero point −s outside        (LSQ, LSQ+)
+#:   "bounds"    0 inside what the end codes stand for, c outside; the gradient to x ends there    (PACT)
+GridGradient = Literal["none", "residual", "bounds"]
 
 
 class _Replace(torch.autograd.Function):
@@ -93,6 +99,10 @@ class _FakeQuantize(torch.autograd.Function):
         wide_scale, low, high = _wide_grid(scale, zero_point, x.ndim, *ctx.bounds)
         if not any(ctx.needs_input_grad[1:3]):
             return grad_inside(grads[0], x, wide_scale, low, qmax - qmin), *[None] * 6
+        if group_size is None and axis in (None, 0) and at_hand(x) and at_hand(grads[0]):
+            grad_x, to_scale, outside = _grads_in_blocks(grads[0], x, wide_scale, low, high, axis)
+            wanted = ctx.needs_input_grad[1:3]
+            return grad_x, to_scale if wanted[0] else None, -scale * outside if wanted[1] else None, *[None] * 4
         position = x.float() * (1.0 / wide_scale)
         steps = position.round()
         clipped = steps.clamp(low, high)
@@ -194,6 +204,33 @@ def grad_inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, width: int)
         above = torch.mul(source, step, out=room.like(source)).round_().sub_(least)
         torch.ops.aten.hardtanh_backward(given, above, -0.5, width + 0.5, grad_input=target)
     return result
+
+
+def _grads_in_blocks(
+    grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to `x` and to the scale ("residual"), and the sum of those outside the grid; float32 on a CPU.
+
+    Sums are per tensor, (), or with an axis of 0 per channel, (channels,).
+    """
+    result, inverse = torch.empty_like(x), 1.0 / scale
+    to_scale: list[Tensor] = []
+    outside: list[Tensor] = []
+    first, second, third = Scratch(), Scratch(), Scratch()
+    for source, given, target, step, least, most in in_blocks(x, grad, result, inverse, low, high):
+        position = torch.mul(source, step, out=first.like(source))
+        steps = torch.round(position, out=second.like(source))
+        clipped = torch.minimum(torch.maximum(steps, least, out=third.like(source)), most, out=third.like(source))
+        # 1 inside the grid, else 0, in floats: what is chosen by a bool takes an op that is not vectorised.
+        inside = torch.eq(steps, clipped, out=target)
+        residual = torch.sub(clipped, position.mul_(inside), out=steps)
+        target.mul_(given)
+        stopped = torch.sub(given, target, out=third.like(source))
+        for sums, values in ((to_scale, residual.mul_(given)), (outside, stopped)):
+            sums.append(values.reshape(len(values), -1).sum(1) if axis == 0 else values.sum(dtype=torch.float64))
+    if axis == 0:
+        return result, torch.cat(to_scale), torch.cat(outside)
+    return result, torch.stack(to_scale).sum().float(), torch.stack(outside).sum().float()
 
 
 #: Differences of steps below this are exact in float32.

@@ -1,7 +1,7 @@
 """Matrix products in ExecuTorch files, loaded in a fresh process.
 
-Those by a stored matrix have the integer program's codes, every one; those that ExecuTorch computes in float have them up
-to the rounding of float sums.
+Those by a stored matrix have the integer program's codes, every one; those that ExecuTorch computes in float have them
+up to the rounding of float sums.
 """
 
 from __future__ import annotations

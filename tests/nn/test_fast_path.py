@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import qbench
 from qbench.fake_quantize import FakeQuantize
+from qbench.fake_quantize.learned import LearnedFakeQuantize
 from qbench.nn.qat import epilogue as epilogue_module
 from qbench.nn.qat import parameters as parameters_module
 from qbench.nn.qat.epilogue import rule_of
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics import generated as generated_module
-from qbench.numerics import generated_epilogue
+from qbench.numerics import generated_epilogue, generated_rounding
 from qbench.numerics.fused import Statistics
 from qbench.numerics.generated import Generated
 from qbench.numerics.generated_epilogue import Moved, generated_code, normalize_clip_quantize
@@ -270,9 +271,9 @@ class TestWithoutACompiler:
         made: dict[object, Generated] = {}
         monkeypatch.setattr(torch, "compile", compile)
         monkeypatch.setattr(generated_module, "_refused", [])
-        for module in (generated_epilogue, parameters_module):
+        for module in (generated_epilogue, generated_rounding, parameters_module):
             monkeypatch.setattr(module, "generated", fresh)
-        for cached in (generated_epilogue.generated_code, generated_epilogue.clip_code):
+        for cached in (generated_epilogue.generated_code, generated_rounding.clip_code):
             monkeypatch.setattr(epilogue_module, cached.__name__, functools.lru_cache(cached.__wrapped__))
 
     def test_the_plain_path_goes_on_with_one_line_in_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -428,3 +429,57 @@ def test_the_paths_are_reported() -> None:
     paths = qbench.training_paths(model)
     assert set(paths.layers.values()) == {"generated", "steps"}
     assert "2 generated code, 1 step by step" in str(paths)
+
+
+class Learning(nn.Module):
+    """A BatchNorm before an activation that clips, one before none, a sum, and a layer without BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU6())
+        self.second = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
+        self.last = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out: Tensor = self.last(torch.relu(x + self.second(x)))
+        return out
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("method", ["lsq", "lsq_plus", "pact", "tqt"])
+def test_learned_grids_have_the_codes_and_gradients_of_the_steps(
+    method: str, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    qconfig = qbench.get_qconfig(method=method)
+    model = qbench.prepare_qat(qbench.fuse(Learning()), qconfig=qconfig, example_inputs=(torch.randn(2, 3, 12, 12),))
+    model = model.train().to(memory_format=memory_format)  # type: ignore[call-overload]
+    x = batches(memory_format, count=1)[0]
+    model(x).square().mean().backward()
+    activations = [q for q in model.modules() if isinstance(q, LearnedFakeQuantize) and q.change.ndim == 0]
+    with torch.no_grad():
+        for quantizer in activations:  # so that many values are clipped
+            quantizer.change.sub_(0.6 if method == "tqt" else 0.4 * quantizer.start)
+    found = []
+    for fast in (False, True):
+        one = copy.deepcopy(model)
+        for quantizer in one.modules():
+            if isinstance(quantizer, LearnedFakeQuantize):
+                quantizer.learning = True
+        if fast:
+            one.apply(qbench.enable_fast_path)
+        one.zero_grad()
+        y = one(x)
+        (3.0 * y.square().mean()).backward()
+        paths = set(qbench.training_paths(one).layers.values())
+        assert paths == ({"generated"} if fast else {"steps"})
+        found.append((y.detach(), dict(one.named_parameters())))
+    (plain, expected), (fast_output, ours) = found
+    assert int((plain != fast_output).sum()) == 0 and len(plain.unique()) > 30
+    for name, parameter in expected.items():
+        mine, theirs = ours[name].grad, parameter.grad
+        assert mine is not None and theirs is not None, name
+        assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-7, name
+    moved = [q.change.grad for q in activations]
+    assert len(moved) >= 4 and all(grad is not None and grad != 0 for grad in moved)

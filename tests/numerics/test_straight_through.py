@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qbench.numerics import blocks
+from qbench.numerics import straight_through as straight_through_module
 from qbench.numerics.qparams import QParams
 from qbench.numerics.straight_through import fake_quantize_bias_ste, fake_quantize_ste, straight_through
 
@@ -196,3 +198,25 @@ class TestFakeQuantizeBias:
         assert (codes != in_float32).any()
         out = fake_quantize_bias_ste(bias, scale, 32)
         assert same_bits(out, torch.from_numpy(codes.astype(np.int64).astype(np.float32) * scale.numpy()))
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_gradients_in_blocks_are_those_of_the_whole_tensor(axis: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 512)
+    torch.manual_seed(0)
+    x, given = torch.randn(37, 5, 9, 3) * 1.5, torch.randn(37, 5, 9, 3)
+    start = torch.rand(37) * 0.02 + 0.01 if axis == 0 else torch.tensor(0.02)
+    zero_point = torch.zeros_like(start) if axis == 0 else torch.tensor(3.0)
+    found = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(straight_through_module, "at_hand", lambda _: False)
+        values, scale, zero = leaf(x), leaf(start), leaf(zero_point)
+        grid = QParams(scale, zero.detach().to(torch.int32), -100, 90, axis)
+        fake_quantize_ste(values, grid, zero).backward(given)
+        found.append((values.grad, scale.grad, zero.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours is not None and theirs is not None and theirs.count_nonzero() > 0.5 * theirs.numel()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert same_bits(found[0][0], found[1][0])
+    assert 0 < int((found[0][0] == 0).sum()) < x.numel()

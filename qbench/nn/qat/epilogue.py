@@ -15,24 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.base import is_hooked
+from qbench.fake_quantize.learned import LearnedFakeQuantize
 from qbench.fake_quantize.producers import note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.numerics import fused
 from qbench.numerics.blocks import at_hand, channels_are_last, dense
 from qbench.numerics.generated import DEVICES, standing_for
-from qbench.numerics.generated_epilogue import (
-    Moved,
-    clip_code,
-    clip_quantize,
-    generated_code,
-    normalize_clip_quantize,
-)
+from qbench.numerics.generated_epilogue import Code, Moved, generated_code, normalize_clip_quantize
+from qbench.numerics.generated_rounding import clip_code, clip_quantize, learned_code, round_learned
 from qbench.observers import Observer
 
 Step = Callable[[Tensor], Tensor]
@@ -60,7 +57,7 @@ def fused_epilogue(
         bounds: Of the activation; None where it is of another form.
         quantizer: Observes, then quantizes with the range that includes this batch.
     """
-    if quantizer is None or bounds is None or not at_hand(y) or not quantizer.rounds_plainly:
+    if quantizer is None or bounds is None or not at_hand(y) or not quantizer.rounds_plainly or quantizer.learned:
         return None
     chain = fused.Chain(*bounds, quantizer.observer.by_ends, quantizer.watch)
     if bn is None:
@@ -89,8 +86,20 @@ def generated_epilogue(
     """
     if quantizer is None or bounds is None or not at_hand(y, DEVICES) or not quantizer.rounds_plainly:
         return None
+    if quantizer.scale.dtype != torch.float32:
+        return None
+    if isinstance(quantizer, LearnedFakeQuantize):
+        out = _on_learned_grid(y, bn, bounds, quantizer)
+    else:
+        out = _on_observed_grid(y, bn, bounds, quantizer)
+    return None if out is None else note_producer(out, quantizer)
+
+
+def _on_observed_grid(
+    y: Tensor, bn: TrainingBatchNorm | None, bounds: tuple[float, float], quantizer: FakeQuantize
+) -> Tensor | None:
     observes = quantizer.training and quantizer.observer_enabled
-    if quantizer.scale.dtype != torch.float32 or (observes and not quantizer.observer.by_ends):
+    if observes and not quantizer.observer.by_ends:
         return None
     rule = rule_of(quantizer.observer) if observes else None
     rounding = *bounds, quantizer.spec, rule, y.device.type
@@ -102,17 +111,47 @@ def generated_epilogue(
             return None
         out = clip_quantize(y, *grid, state, code)
     else:
-        last = channels_are_last(y)
-        if last is None or y.numel() == y.shape[1] or not bn.plain(y):
+        both = _normalizing_code(y, bn, rounding)
+        if both is None:
             return None
-        both = generated_code(last, bn.holder.momentum, bn.holder.eps, *rounding)
-        if not both.ready():
-            return None
-        bn.holder._check_input_dim(y)
         moved = Moved(bn.count(), bn.silenced, *grid, state)
         out = normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, both)
     quantizer.seen_data = True
-    return note_producer(out, quantizer)
+    return out
+
+
+def _on_learned_grid(
+    y: Tensor, bn: TrainingBatchNorm | None, bounds: tuple[float, float], quantizer: LearnedFakeQuantize
+) -> Tensor | None:
+    rounding = *bounds, quantizer.spec, None, y.device.type, quantizer.grid_gradient
+    code, both = learned_code(*rounding), None
+    if bn is not None:
+        both = _normalizing_code(y, bn, rounding)
+    if both is None and (bn is not None or not dense(y).is_contiguous() or not code.ready()):
+        return None
+    if quantizer.training:
+        quantizer.note_size(y)
+    snapshot = quantizer.snapshot()
+    learned = snapshot.scale, quantizer.zero_point_of(snapshot)
+    grid = snapshot.scale.detach(), snapshot.zero_point
+    if bn is None or both is None:
+        out = round_learned(y, grid, learned, code)
+    else:
+        moved = Moved(bn.count(), bn.silenced, *grid, ())
+        out = normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, both, learned)
+    return quantizer.regularized(out)
+
+
+def _normalizing_code(y: Tensor, bn: TrainingBatchNorm, rounding: tuple[Any, ...]) -> Code | None:
+    """Code for a BatchNorm and what follows it; None where there is none for it."""
+    last = channels_are_last(y)
+    if last is None or y.numel() == y.shape[1] or not bn.plain(y):
+        return None
+    code = generated_code(last, bn.holder.momentum, bn.holder.eps, *rounding)
+    if not code.ready():
+        return None
+    bn.holder._check_input_dim(y)
+    return code
 
 
 def rule_of(observer: Observer) -> Observer:

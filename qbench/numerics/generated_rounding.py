@@ -1,0 +1,249 @@
+"""An activation that clamps and the quantizer behind it, as generated code.
+
+    a = clamp(v, …)      out = clamp(rne(a·(1/s)), qmin − z, qmax − z)·s
+
+Behind a BatchNorm it is part of `qbench.numerics.generated_epilogue`. Without one, behind a sum of activations for
+example, it works in place: one read for the ends of the range, one read and write, and one byte a value that says
+whether its gradient passes. Where the grid is learned it is there before the tensor is, and nothing looks for ends;
+what is saved then is the tensor itself, and its backward is one read and write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qbench.numerics.blocks import dense
+from qbench.numerics.generated import Generated, Tensors, generated
+from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
+from qbench.numerics.straight_through import GridGradient
+
+#: `s` and `z` where they are learned, with their gradient; else None.
+Learned = tuple[Tensor | None, Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """An activation that clamps and the quantizer behind it, as far as they stay the same from step to step.
+
+    Attributes:
+        low: Lower bound of the activation; −inf where it has none.
+        high: Upper bound of the activation; inf where it has none.
+        spec: Of the output's grid.
+        observer: Whose `follow` says how the range moves; None where it stays.
+        device: Type of the device.
+        gradient: To the grid.
+    """
+
+    low: float
+    high: float
+    spec: QSpec
+    observer: Any
+    device: str
+    gradient: GridGradient = "none"
+
+    def clip(self, v: Tensor) -> Tensor:
+        """The activation."""
+        if self.low == -math.inf and self.high == math.inf:
+            return v
+        return v.clamp(None if self.low == -math.inf else self.low, None if self.high == math.inf else self.high)
+
+    def move(
+        self, low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor, state: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The grid, `s` and `z`, after a tensor with these ends, as tensors of its own; writes what is remembered."""
+        if self.observer is not None:
+            low, high, *new = self.observer.follow(low, high, *state)
+            for old, value in zip(state, new, strict=True):
+                old.copy_(value)
+            found = choose_qparams(low, high, self.spec)
+            scale.copy_(found.scale)
+            zero_point.copy_(found.zero_point)
+        return scale.clone(), zero_point.clone()
+
+    def round(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The values of `clip(v)` on the grid."""
+        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
+        return (self.clip(v) * (1.0 / scale)).round().maximum(least).minimum(most) * scale
+
+    def passes(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Bool: where neither the activation nor the grid cuts, so that the gradient passes."""
+        inside = self._inside(v, scale, zero_point)
+        if self.low > -math.inf:
+            inside = inside & (v > self.low)
+        if self.high < math.inf:
+            inside = inside & (v < self.high)
+        return inside
+
+    def _inside(self, a: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
+        if self.gradient == "bounds":
+            return (a >= least * scale) & (a <= most * scale)
+        steps = (a * (1.0 / scale)).round()
+        return (steps >= least) & (steps <= most)
+
+    def to_grid(self, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """What each value hands to `s`, and to `−z·s`; like `v`."""
+        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
+        a = self.clip(v)
+        inside = self._inside(a, scale, zero_point)
+        position = a * (1.0 / scale)
+        steps = position.round()
+        within = torch.zeros_like(a) if self.gradient == "bounds" else steps - position
+        return grad * torch.where(inside, within, steps.maximum(least).minimum(most)), torch.where(inside, 0.0, grad)
+
+    def sample(self) -> list[Tensor]:
+        """A grid and an observer's state, to try it with."""
+        state = () if self.observer is None else (value.clone() for value in self.observer.state())
+        found = [torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), *state]
+        return [value.to(self.device) for value in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedCode:
+    """`round_learned` as generated code: both directions."""
+
+    forward: Generated
+    backward: Generated
+
+    def ready(self) -> bool:
+        """Whether both directions are compiled and checked; where they are not, the log says why."""
+        return self.forward.ready() and self.backward.ready()
+
+
+@functools.lru_cache(maxsize=256)
+def learned_code(*rounding: Any) -> LearnedCode:
+    """The code of `round_learned`; `rounding` is what `Rounding` is made of."""
+    found = Rounding(*rounding)
+    fixed = dataclasses.replace(found, gradient="none")
+    backward = generated(_round_backward, _round_backward_sample, found)
+    return LearnedCode(generated(_round, _round_sample, fixed), backward)
+
+
+@functools.lru_cache(maxsize=256)
+def clip_code(*rounding: Any) -> Generated:
+    """The code of `clip_quantize`; `rounding` is what `Rounding` is made of."""
+    return generated(_clip, _clip_sample, Rounding(*rounding))
+
+
+def clip_quantize(v: Tensor, scale: Tensor, zero_point: Tensor, state: tuple[Tensor, ...], code: Generated) -> Tensor:
+    """`fused.clip_quantize` by generated code: in place.
+
+    Args:
+        v: float32, any shape, without gaps in memory, and not a view.
+        scale: `s`, float32, (), written to.
+        zero_point: `z`, int32, (), written to.
+        state: The observer's, written to.
+        code: Of `clip_code`.
+    """
+    out: Tensor = _GeneratedClip.apply(v, scale, zero_point, state, code)
+    return out
+
+
+class _GeneratedClip(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, scale: Tensor, zero_point: Tensor, state: tuple[Tensor, ...], code: Generated
+    ) -> Tensor:
+        ctx.mark_dirty(v)
+        (mask,) = code(dense(v).view(-1), scale, zero_point, *state)
+        assert mask is not None
+        ctx.save_for_backward(mask.as_strided(v.shape, v.stride()))
+        return v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.saved_tensors[0], None, None, None, None
+
+
+def round_learned(v: Tensor, grid: tuple[Tensor, Tensor], learned: Learned, code: LearnedCode) -> Tensor:
+    """A clamp and a quantizer whose grid is learned, by generated code.
+
+    Args:
+        v: float32, any shape, without gaps in memory; nobody writes to it any more.
+        grid: `s`, float32, and `z`, int32, ().
+        learned: As of `normalize_clip_quantize`.
+        code: Of `learned_code`.
+    """
+    out: Tensor = _GeneratedLearned.apply(v, *learned, grid, code)
+    return out
+
+
+class _GeneratedLearned(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        grid: tuple[Tensor, Tensor],
+        code: LearnedCode,
+    ) -> Tensor:
+        out = torch.empty_like(v)
+        code.forward(dense(out).view(-1), dense(v).view(-1), *grid)
+        ctx.code = code
+        ctx.save_for_backward(v, *grid)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        v, *grid = ctx.saved_tensors
+        result = torch.empty_like(v)
+        grad = grads[0] if grads[0].stride() == v.stride() else torch.empty_like(v).copy_(grads[0])
+        rows = (dense(tensor).view(-1) for tensor in (result, grad, v))
+        found = ctx.code.backward(*rows, *grid)
+        wanted = ctx.needs_input_grad
+        given = (value if needed else None for value, needed in zip(found, wanted[1:3], strict=True))
+        return result if wanted[0] else None, *given, None, None
+
+
+def _round(out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensors:
+    """`out`, (values,), becomes `v` on the grid."""
+    out.copy_(rounding.round(v, scale, zero_point))
+    return ()
+
+
+def _round_backward(
+    result: Tensor, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding
+) -> Tensors:
+    """Gradients to `s` and `z`, (); `result`, (values,), becomes that to `v`."""
+    result.copy_(torch.where(rounding.passes(v, scale, zero_point), grad, 0.0))
+    to_scale, to_zero = rounding.to_grid(grad, v, scale, zero_point)
+    return to_scale.double().sum().float(), -scale * to_zero.double().sum().float()
+
+
+def _round_sample(rounding: Rounding) -> list[Tensor | None]:
+    v, *grid = _clip_sample(rounding)
+    assert v is not None
+    return [torch.empty_like(v), v, *grid]
+
+
+def _round_backward_sample(rounding: Rounding) -> list[Tensor | None]:
+    out, v, *grid = _round_sample(rounding)
+    assert v is not None
+    grad = torch.randint(-5, 6, v.shape, generator=torch.Generator().manual_seed(1)).to(v)
+    return [out, grad, v, *grid]
+
+
+def _clip(v: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensors:
+    """Where gradients pass, int8, (values,); `v`, (values,), becomes what it is on the grid."""
+    *state, rounding = rest
+    clipped = rounding.clip(v)
+    grid = rounding.move(clipped.amin(), clipped.amax(), scale, zero_point, state)
+    # A bool that is converted or stored makes Inductor's loop scalar on CPUs, ten times slower; a choice of floats not.
+    mask = torch.where(rounding.passes(v, *grid), 1.0, 0.0).to(torch.int8)
+    v.copy_(rounding.round(v, *grid))
+    return (mask,)
+
+
+def _clip_sample(rounding: Rounding) -> list[Tensor | None]:
+    v = torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 3
+    return [v.to(rounding.device), *rounding.sample()]
