@@ -56,9 +56,10 @@ def qbench_low_memory(name: str, model: nn.Module, images: Images) -> nn.Module:
 
 
 def qbench_lsq(name: str, model: nn.Module, images: Images) -> nn.Module:
-    """The same with learned scales."""
+    """The fast path with learned scales."""
     qconfig = qbench.get_qconfig(method="lsq")
-    return qbench.prepare_qat(qbench.fuse(model), qconfig=qconfig, example_inputs=images).train()
+    learning = qbench.prepare_qat(qbench.fuse(model), qconfig=qconfig, example_inputs=images).train()
+    return learning.apply(qbench.enable_fast_path)
 
 
 def qbench_compiled(name: str, model: nn.Module, images: Images) -> nn.Module:

@@ -167,9 +167,9 @@ def round_learned(v: Tensor, grid: tuple[Tensor, Tensor], learned: Learned, code
     """A clamp and a quantizer whose grid is learned, by generated code.
 
     Args:
-        v: float32, any shape, without gaps in memory; nobody writes to it any more.
-        grid: `s`, float32, and `z`, int32, ().
-        learned: As of `normalize_clip_quantize`.
+        v: float32, (rows, …), without gaps in memory; nobody writes to it any more.
+        grid: `s`, float32, and `z`, int32, (), or where the spec has an axis (rows, 1) for `v` of (rows, values).
+        learned: As of `normalize_clip_quantize`, of the shape of the grid.
         code: Of `learned_code`.
     """
     out: Tensor = _GeneratedLearned.apply(v, *learned, grid, code)
@@ -187,7 +187,7 @@ class _GeneratedLearned(torch.autograd.Function):
         code: LearnedCode,
     ) -> Tensor:
         out = torch.empty_like(v)
-        code.forward(dense(out).view(-1), dense(v).view(-1), *grid)
+        code.forward(_in_rows(out), _in_rows(v), *grid)
         ctx.code = code
         ctx.save_for_backward(v, *grid)
         return out
@@ -198,15 +198,14 @@ class _GeneratedLearned(torch.autograd.Function):
         v, *grid = ctx.saved_tensors
         result = torch.empty_like(v)
         grad = grads[0] if grads[0].stride() == v.stride() else torch.empty_like(v).copy_(grads[0])
-        rows = (dense(tensor).view(-1) for tensor in (result, grad, v))
-        found = ctx.code.backward(*rows, *grid)
+        found = ctx.code.backward(*map(_in_rows, (result, grad, v)), *grid)
         wanted = ctx.needs_input_grad
         given = (value if needed else None for value, needed in zip(found, wanted[1:3], strict=True))
         return result if wanted[0] else None, *given, None, None
 
 
 def _round(out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensors:
-    """`out`, (values,), becomes `v` on the grid."""
+    """`out`, (rows, values), becomes `v` on the grid."""
     out.copy_(rounding.round(v, scale, zero_point))
     return ()
 
@@ -214,15 +213,28 @@ def _round(out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: 
 def _round_backward(
     result: Tensor, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding
 ) -> Tensors:
-    """Gradients to `s` and `z`, (); `result`, (values,), becomes that to `v`."""
+    """Gradients to `s` and `z`, of their shape; `result`, (rows, values), becomes that to `v`."""
     result.copy_(torch.where(rounding.passes(v, scale, zero_point), grad, 0.0))
     to_scale, to_zero = rounding.to_grid(grad, v, scale, zero_point)
-    return to_scale.double().sum().float(), -scale * to_zero.double().sum().float()
+    if rounding.spec.axis is None:
+        grad_scale, outside = (values.sum(1).double().sum().float() for values in (to_scale, to_zero))
+    else:
+        grad_scale, outside = (values.sum(1, keepdim=True) for values in (to_scale, to_zero))
+    return grad_scale, -scale * outside
+
+
+def _in_rows(v: Tensor) -> Tensor:
+    """(rows, …) as (rows, values), in the order of memory."""
+    return dense(v).view(len(v), -1)
 
 
 def _round_sample(rounding: Rounding) -> list[Tensor | None]:
-    v, *grid = _clip_sample(rounding)
-    assert v is not None
+    flat, *grid = _clip_sample(rounding)
+    assert flat is not None
+    v = flat.view(200, 15)
+    if rounding.spec.axis is not None:
+        steps = torch.arange(1, 1 + len(v), device=v.device)[:, None]
+        grid = [None if value is None else (value * steps / 100).to(value.dtype) for value in grid]
     return [torch.empty_like(v), v, *grid]
 
 
@@ -230,6 +242,7 @@ def _round_backward_sample(rounding: Rounding) -> list[Tensor | None]:
     out, v, *grid = _round_sample(rounding)
     assert v is not None
     grad = torch.randint(-5, 6, v.shape, generator=torch.Generator().manual_seed(1)).to(v)
+    grad = grad * (torch.arange(v.shape[1], device=v.device) == 7)  # sums of what goes to the grid are exact for one
     return [out, grad, v, *grid]
 
 

@@ -395,7 +395,8 @@ def test_scales_that_learn_keep_their_gradient() -> None:
     for one in (plain, fast):
         one(images[0]).square().mean().backward()
     for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
-        assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)  # sums, in another order
 
 
 def test_the_bias_error_hands_its_gradient_on() -> None:

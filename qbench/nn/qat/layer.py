@@ -255,7 +255,7 @@ class QatLayer(QatModule):
         return self._folding().parameters(self.linear_weight, bias, bn, self._input_scale())
 
     def _folding(self) -> Folding:
-        return Folding(self.layout(), self.weight_quantizer, self.bias_quantizer)
+        return Folding(self.layout(), self.weight_quantizer, self.bias_quantizer, self.fast_path and self.training)
 
     def _input_scale(self) -> Tensor | None:
         source = self._sources[0] if self._sources else None

@@ -10,6 +10,7 @@ Functions of tensors and of two quantizers that keep no tensors, so that they ca
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from qbench.fake_quantize.base import is_hooked
 from qbench.numerics.blocks import at_hand, channels_are_last, from_memory_order, in_memory_order
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
 from qbench.numerics.generated import DEVICES, Tensors, generated, standing_for
+from qbench.numerics.generated_rounding import learned_code, round_learned
 from qbench.numerics.qparams import QParams
 from qbench.numerics.straight_through import straight_through
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
@@ -32,11 +34,13 @@ class Folding:
         layout: Where the weight keeps its output channels.
         weight_quantizer: Finds the weight's grid.
         bias_quantizer: Finds the bias's; None where the bias stays float.
+        fast_path: Whether generated code may round a weight whose scale is learned.
     """
 
     layout: WeightLayout
     weight_quantizer: FakeQuantize
     bias_quantizer: BiasQuantizer | None
+    fast_path: bool = False
 
     def parameters(
         self, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors | None, input_scale: Tensor | None
@@ -70,12 +74,17 @@ class Folding:
         quantizer, layout = self.weight_quantizer, self.layout
         weight = quantizer.shaped(weight) if quantizer.fake_quant_enabled else weight
         if quantizer.scales_with_tensor and not (layout.transposed and layout.groups > 1):
-            rounding = quantizer.fake_quantize if quantizer.clips else None
-            return moving_grid(weight, factor, layout, quantizer.qparams_of(weight), floor, rounding)
+            moving = self._round if quantizer.clips else None
+            return moving_grid(weight, factor, layout, quantizer.qparams_of(weight), floor, moving)
         power_of_two, rounding = quantizer.spec.power_of_two, quantizer.fake_quantize
         return folded_grid(
             weight, factor, layout, quantizer.qparams_of, floor, power_of_two=power_of_two, rounding=rounding
         )
+
+
+    def _round(self, weight: Tensor, grid: QParams) -> Tensor:
+        found = _generated_rounding(weight, grid, self.weight_quantizer) if self.fast_path else None
+        return self.weight_quantizer.fake_quantize(weight, grid) if found is None else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +137,19 @@ def generated_parameters(
     spec = folding.weight_quantizer.spec
     qparams = QParams(step, torch.zeros_like(step, dtype=torch.int32), spec.qmin, spec.qmax, spec.axis)
     return TrainingParameters(straight_through(weight, value), qparams, error, silenced)
+
+
+def _generated_rounding(weight: Tensor, grid: QParams, quantizer: FakeQuantize) -> Tensor | None:
+    """`fake_quantize` of a weight with learned scales by generated code; None where there is none for it."""
+    last = channels_are_last(weight)
+    if last is None or not at_hand(weight, DEVICES) or quantizer.grid_gradient != "residual" or grid.axis != 0:
+        return None
+    code = learned_code(-math.inf, math.inf, quantizer.spec, None, weight.device.type, quantizer.grid_gradient)
+    if grid.group_size is not None or not code.ready():
+        return None
+    scale, zero_point = grid.scale[:, None], grid.zero_point[:, None]
+    rows = in_memory_order(weight, last).flatten(1)
+    return from_memory_order(round_learned(rows, (scale.detach(), zero_point), (scale, None), code), weight, last)
 
 
 def _training_parameters(
