@@ -10,7 +10,7 @@ PATHS = {
     "generated": "generated code",
     "fused": "one function in blocks",
     "steps": "step by step",
-    "": "not called yet",
+    "": "not called yet, or compiled with the model",
 }
 
 

@@ -421,7 +421,7 @@ def test_the_bias_error_hands_its_gradient_on() -> None:
 
 def test_the_paths_are_reported() -> None:
     model = prepared(network())
-    assert str(qbench.training_paths(model)) == "training path of 3 layers: 3 not called yet"
+    assert "3 not called yet, or compiled with the model" in str(qbench.training_paths(model))
     model(batches()[0])
     assert str(qbench.training_paths(model)) == "training path of 3 layers: 3 one function in blocks"
     model.apply(qbench.enable_fast_path)
@@ -484,3 +484,15 @@ def test_learned_grids_have_the_codes_and_gradients_of_the_steps(
         assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-7, name
     moved = [q.change.grad for q in activations]
     assert len(moved) >= 4 and all(grad is not None and grad != 0 for grad in moved)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo, of its own doing
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("switch", [qbench.disable_fast_path, qbench.enable_fast_path])
+def test_a_compiled_model_is_compiled_once(switch: object) -> None:
+    torch.compiler.reset()
+    model = prepared(network()).apply(switch)  # type: ignore[arg-type]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for x in batches():
+            compiled(x).sum().backward()

@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from qbench.attributes import own_attributes
@@ -39,7 +40,7 @@ class QatModule(nn.Module):
         input_quantizers: Quantizers of inputs that arrive in float, or on a grid that is not to be kept, by position.
         output_quantizer: Quantizer of the output; None where activations stay float (weight-only).
         fast_path: Whether training takes generated code where there is some: see `enable_fast_path`.
-        path: Which code the last forward in training took, one of `qbench.report.paths.PATHS`; empty before it.
+        path: Which code the last eager forward in training took, one of `qbench.report.paths.PATHS`; empty before it.
     """
 
     # Any: a subclass names a float type that does not derive from its base's.
@@ -223,6 +224,8 @@ class QatModule(nn.Module):
             y: As `fused_epilogue` takes it.
             step: The rest of what it takes.
         """
+        if torch.compiler.is_compiling():  # noting the path would make the second call compile again
+            return None
         found = generated_epilogue(y, *step) if self.fast_path and self.training else None
         path = "generated"
         if found is None:
