@@ -14,6 +14,7 @@ without it: its way to the code takes twice as long as the code of a small layer
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -85,10 +86,13 @@ class Generated:
         if not self.failed:
             # The sizes of a Parameter would be constants to dynamo, and whether there is a gradient a guard.
             given = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
-            key = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in given)
+            key = tuple(map(_known_by, given))
             try:
                 known = self._known.get(key)
-                return self._learn(key, given) if known is None else _direct(known, given)
+                if known is not None:
+                    with contextlib.suppress(AssertionError):
+                        return _direct(known, given)
+                return self._learn(key, given)
             except Exception as error:  # whatever a compiler raises, before anything was computed
                 self._give_up(error)
         return self._eager(*tensors)
@@ -190,6 +194,16 @@ def _inputs_of(module: torch.fx.GraphModule) -> tuple[tuple[int, int | None], ..
                 return None
             found.append((int(match[1]), None if match[2] is None else int(match[2])))
     return tuple(found)
+
+
+def _known_by(x: Tensor | None) -> Any:
+    """What of an argument tells code from code: of one axis, which is as long as the others say, its length does not.
+
+    Where it is of another length all the same, the code finds that out before it computes anything.
+    """
+    if x is None:
+        return None
+    return x.dtype if x.ndim < 2 and x.is_contiguous() else (x.shape, x.stride(), x.dtype)
 
 
 def _direct(known: tuple[_Graph, list[int], int], given: Sequence[Any]) -> Tensors:

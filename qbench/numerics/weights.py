@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qbench.numerics.fold import WeightLayout, fold_weight
 from qbench.numerics.qparams import SMALLEST_SCALE, QParams, in_groups, next_power_of_two, quantize
-from qbench.numerics.straight_through import fake_quantize_ste, straight_through
+from qbench.numerics.straight_through import fake_quantize_ste, round_to_grid, straight_through
 
 # Codes of any real weight are 0 at this step.
 LARGEST_STEP = 2.0**100
@@ -140,7 +140,9 @@ class MovingGrid(WeightGrid):
         if self.rounding is not None:
             return self.rounding(self.weight, self.unfolded_qparams())
         with torch.no_grad():
-            value = self._unsigned_codes().mul_(self.qparams.spread(self.step, self.weight))
+            step = self.qparams.spread(self.step, self.weight)
+            ends = (step.new_tensor(end) for end in (self.qparams.qmin, self.qparams.qmax))
+            value = round_to_grid(self.weight.detach(), step, *ends)
         return straight_through(self.weight, value)
 
     def unfolded_qparams(self) -> QParams:

@@ -331,8 +331,9 @@ class TestGenerated:
             raise RuntimeError("it was asked again")
 
         code._compiled = not_again  # type: ignore[assignment]
-        assert torch.equal(code(torch.full((4,), 3.0))[0], torch.full((4,), 6.0)) and not code.failed  # type: ignore[arg-type]
-        for other in (torch.ones(5), torch.ones(4, dtype=torch.float64), torch.ones(8)[::2]):
+        for size in (4, 5):
+            assert torch.equal(code(torch.full((size,), 3.0))[0], torch.full((size,), 6.0)) and not code.failed  # type: ignore[arg-type]
+        for other in (torch.ones(5, 1), torch.ones(4, dtype=torch.float64), torch.ones(8)[::2]):
             code.failed = ""
             assert torch.equal(code(other)[0], 2 * other) and "asked again" in code.failed  # type: ignore[arg-type]
 
