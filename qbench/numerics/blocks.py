@@ -84,3 +84,8 @@ def dense(x: Tensor) -> Tensor:
         return x
     strides = x.stride()
     return x.permute(sorted(range(x.ndim), key=lambda axis: -strides[axis]))
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """(rows, …) as (rows, values), in the order of memory: a view of what has no gaps there."""
+    return dense(x).view(len(x), -1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qbench.numerics.blocks import dense
+from qbench.numerics.blocks import dense, in_rows
 from qbench.numerics.generated import Generated, Tensors, generated
 from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
 from qbench.numerics.straight_through import GridGradient
@@ -187,7 +187,7 @@ class _GeneratedLearned(torch.autograd.Function):
         code: LearnedCode,
     ) -> Tensor:
         out = torch.empty_like(v)
-        code.forward(_in_rows(out), _in_rows(v), *grid)
+        code.forward(in_rows(out), in_rows(v), *grid)
         ctx.code = code
         ctx.save_for_backward(v, *grid)
         return out
@@ -198,7 +198,7 @@ class _GeneratedLearned(torch.autograd.Function):
         v, *grid = ctx.saved_tensors
         result = torch.empty_like(v)
         grad = grads[0] if grads[0].stride() == v.stride() else torch.empty_like(v).copy_(grads[0])
-        found = ctx.code.backward(*map(_in_rows, (result, grad, v)), *grid)
+        found = ctx.code.backward(*map(in_rows, (result, grad, v)), *grid)
         wanted = ctx.needs_input_grad
         given = (value if needed else None for value, needed in zip(found, wanted[1:3], strict=True))
         return result if wanted[0] else None, *given, None, None
@@ -221,11 +221,6 @@ def _round_backward(
     else:
         grad_scale, outside = (values.sum(1, keepdim=True) for values in (to_scale, to_zero))
     return grad_scale, -scale * outside
-
-
-def _in_rows(v: Tensor) -> Tensor:
-    """(rows, …) as (rows, values), in the order of memory."""
-    return dense(v).view(len(v), -1)
 
 
 def _round_sample(rounding: Rounding) -> list[Tensor | None]:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench.numerics.blocks import Scratch, at_hand, in_blocks
+from qbench.numerics.blocks import Scratch, at_hand, dense, in_blocks
+from qbench.numerics.generated_codes import encoded, encoder
 from qbench.numerics.qparams import QParams
 
 
@@ -53,33 +54,40 @@ class Coded:
     Attributes:
         codes: int8 or uint8, of its shape and layout.
         scale: `s`, broadcasting against it.
-        zero: `z`, float32, likewise; None for 0.
+        zero: `z`, float32, likewise.
     """
 
     codes: Tensor
     scale: Tensor
-    zero: Tensor | None
+    zero: Tensor
 
     def value(self) -> Tensor:
         """The tensor."""
         found = torch.empty_like(self.codes, dtype=torch.float32)
-        others = [self.codes, self.scale, *([] if self.zero is None else [self.zero])]
-        for target, codes, scale, *zero in in_blocks(found, *others):
-            target.copy_(codes)
-            for offset in zero:
-                target.sub_(offset)
-            target.mul_(scale)
+        for target, codes, scale, zero in in_blocks(found, self.codes, self.scale, self.zero):
+            target.copy_(codes).sub_(zero).mul_(scale)
         return found
 
 
-def encode(x: Tensor, qparams: QParams) -> Coded | None:
-    """`x` as codes of a grid of 8 bits or fewer; None where they do not give `x` again, or nothing can be looked at."""
+def encode(x: Tensor, qparams: QParams, *, fast_path: bool = False) -> Coded | None:
+    """`x` as codes of a grid of 8 bits or fewer; None where they do not give `x` again, or nothing can be looked at.
+
+    Args:
+        x: float32, any shape.
+        qparams: The grid.
+        fast_path: Whether to do it by generated code where there is some.
+    """
     if not at_hand(x) or qparams.dtype not in (torch.int8, torch.uint8) or qparams.group_size is not None:
         return None
     # int8 holds what uint8 does, 128 lower: copying to it is vectorised.
     shift = 128 if qparams.dtype is torch.uint8 else 0
     scale = qparams.spread(qparams.scale.detach(), x)
     zero = qparams.spread(qparams.zero_point.float() - shift, x)
+    if fast_path and x.ndim and qparams.axis in (None, 0) and dense(x).is_contiguous():
+        code = encoder(x.device.type)
+        if code.ready():
+            found = encoded(x, scale, zero, code)
+            return None if found is None else Coded(found, scale, zero)
     codes, inverse, room = torch.empty_like(x, dtype=torch.int8), 1.0 / scale, Scratch()
     for source, stored, *grid in in_blocks(x, codes, inverse, scale, zero):
         step, size, offset = grid
@@ -95,9 +103,11 @@ class SavingCodes(torch.autograd.graph.saved_tensors_hooks):
 
     Args:
         tensors: float32 tensors and the grids that they lie on.
+        fast_path: As of `encode`.
     """
 
-    def __init__(self, *tensors: tuple[Tensor, QParams | None]) -> None:
+    def __init__(self, *tensors: tuple[Tensor, QParams | None], fast_path: bool = False) -> None:
+        self._fast_path = fast_path
         self._known = {tensor.data_ptr(): (tensor, qparams) for tensor, qparams in tensors if qparams is not None}
         self._coded: dict[int, Coded | None] = {}
         super().__init__(self._pack, _unpack)
@@ -113,8 +123,7 @@ class SavingCodes(torch.autograd.graph.saved_tensors_hooks):
         tensors = (kept[0].codes, kept[0].scale, kept[0].zero) if isinstance(kept, tuple) else (kept,)
         for listener in _listeners:
             for tensor in tensors:
-                if tensor is not None:
-                    listener(tensor)
+                listener(tensor)
         return kept
 
     def _coded_or_same(self, saved: Tensor) -> Tensor | tuple[Coded, torch.Size, tuple[int, ...]]:
@@ -123,7 +132,7 @@ class SavingCodes(torch.autograd.graph.saved_tensors_hooks):
             return saved
         key = saved.data_ptr()
         if key not in self._coded:
-            self._coded[key] = encode(tensor.detach(), qparams)
+            self._coded[key] = encode(tensor.detach(), qparams, fast_path=self._fast_path)
         coded = self._coded[key]
         if coded is None or coded.codes.stride() != tensor.stride():  # with gaps between its values, or expanded
             return saved

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import qbench
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics import blocks
+from qbench.numerics.generated_codes import encoder
 from qbench.numerics.qparams import QParams
 from qbench.numerics.saved_codes import SavingCodes, encode
 from qbench.profiling import saved_for_backward
@@ -167,3 +168,22 @@ def test_gaps_between_values_are_left_alone() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert bool((x.grad == 1.0).all())
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_generated_code_finds_the_same_codes(axis: int | None) -> None:
+    assert encoder("cpu").ready()
+    torch.manual_seed(0)
+    steps = torch.randint(-128, 128, (9, 6, 5, 3)).float()
+    scale = torch.rand(9) + 0.01 if axis == 0 else torch.tensor(0.037)
+    zero_point = torch.zeros(9, dtype=torch.int32) if axis == 0 else torch.tensor(-7, dtype=torch.int32)
+    grid = QParams(scale, zero_point, -128, 127, axis)
+    x = (steps - zero_point.max()) * grid.spread(scale, steps)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        values = x.contiguous(memory_format=memory_format)
+        found = [encode(values, grid, fast_path=fast) for fast in (False, True)]
+        assert found[0] is not None and found[1] is not None
+        assert torch.equal(found[0].codes, found[1].codes) and torch.equal(found[1].value(), x)
+        assert found[1].codes.stride() == values.stride()
+        for wrong in (values * 1.0000002, values + 0.001, values.clone().fill_(float("nan"))):
+            assert encode(wrong, grid, fast_path=True) is None

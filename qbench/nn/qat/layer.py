@@ -191,7 +191,8 @@ class QatLayer(QatModule):
             return contextlib.nullcontext()
         source = self._sources[0] if self._sources else None
         grid = source.snapshot() if source is not None and source.active else None
-        return SavingCodes((x, grid), (weight, qparams if self.weight_quantizer.fake_quant_enabled else None))
+        weights = weight, qparams if self.weight_quantizer.fake_quant_enabled else None
+        return SavingCodes((x, grid), weights, fast_path=self.fast_path and self.training)
 
     def _deployed_bias(self, folded: Tensor, scale: Tensor | None) -> Tensor | None:
         """`b̂`, or `b_f` without a scale for it; None where activations stay float and the layer has no bias."""
