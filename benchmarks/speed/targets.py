@@ -29,7 +29,7 @@ _STEPS = {
 _ON_GPU = {"qbench plain": 1.25, FAST: 1.00}
 _COMPILED_OVER_COMPILED = 1.05
 _SAVED = {"qbench plain": 1.2, "qbench low memory": 0.75}
-_LOW_MEMORY_OVER_PLAIN = 1.10
+_LOW_MEMORY_OVER_FAST = 1.10
 _LEARNED, _WHERE_PLAIN = 1.25, 1.10
 
 
@@ -106,8 +106,8 @@ def _step_checks(row: Row, others: list[Row]) -> Iterator[Check]:
         yield Check("step over float", row["ratio"], limit)
     if form == "qbench compiled" and "float compiled" in over:
         yield Check("step over compiled float", over["float compiled"][1], _COMPILED_OVER_COMPILED)
-    if form == "qbench low memory" and "qbench plain" in over:
-        yield Check("step over plain", over["qbench plain"][1], _LOW_MEMORY_OVER_PLAIN)
+    if form == "qbench low memory" and FAST in over:
+        yield Check("step over the fast path's", over[FAST][1], _LOW_MEMORY_OVER_FAST)
     if form in _SAVED and "saved_ratio" in row and (form == "qbench plain" or row["model"] in _MEMORY_NETWORKS):
         yield Check("saved over float", row["saved_ratio"], _SAVED[form])
 

@@ -33,9 +33,9 @@ from benchmarks.speed.variants import FORMS, Images, float_network, made
 from qbench.profiling import saved_for_backward
 
 #: Forms that others are compared with, where both are measured in one process.
-BASES = ("float", "float compiled", "qbench plain")
+BASES = ("float", "float compiled", "qbench plain", "qbench fast")
 #: What a form is compared with beside float.
-_BASE_OF = {"qbench compiled": "float compiled", "qbench low memory": "qbench plain"}
+_BASE_OF = {"qbench compiled": "float compiled", "qbench low memory": "qbench fast"}
 #: A network that every form can be made of, to load the form's libraries with.
 _SMALL, _SMALL_SIZE = "resnet18", {"batch": 2, "px": 32}
 

@@ -52,7 +52,7 @@ def qbench_fast(name: str, model: nn.Module, images: Images) -> nn.Module:
 
 def qbench_low_memory(name: str, model: nn.Module, images: Images) -> nn.Module:
     """The same, saving codes for backward."""
-    return qbench_plain(name, model, images).apply(qbench.enable_low_memory)
+    return qbench_fast(name, model, images).apply(qbench.enable_low_memory)
 
 
 def qbench_lsq(name: str, model: nn.Module, images: Images) -> nn.Module:
