@@ -194,8 +194,8 @@ class FakeQuantize(nn.Module):
     def rounds_plainly(self) -> bool:
         """Whether a forward is `watch`, then rounding with `grid_gradient`, per tensor: a fused function may do it."""
         kind, base = type(self), FakeQuantize
-        calls = ((kind.forward, base.forward), (kind._observe, base._observe), (kind.note_size, base.note_size))
-        plain = all(own is inherited for own, inherited in calls) and self.grid_gradient == "none"
+        inherited = base.forward, base._observe, base.note_size
+        plain = (kind.forward, kind._observe, kind.note_size) == inherited and self.grid_gradient == "none"
         ready = self.active or (self.fake_quant_enabled and self.training and self.observer_enabled)
         return plain and ready and self.scale.ndim == 0 and not is_hooked(self, self.observer)
 

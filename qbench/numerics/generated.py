@@ -140,6 +140,18 @@ class Generated:
         _LOG.warning("fast path: %s; the plain path goes on, with the same codes", text)
 
 
+@dataclasses.dataclass(frozen=True)
+class BothWays:
+    """A step as generated code, forward and backward."""
+
+    forward: Generated
+    backward: Generated
+
+    def ready(self) -> bool:
+        """Whether both directions are compiled and checked; where they are not, the log says why."""
+        return self.forward.ready() and self.backward.ready()
+
+
 def refusals() -> tuple[str, ...]:
     """Why functions are not generated code in this process, each reason once."""
     return tuple(dict.fromkeys(_reasons))

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from qbench.numerics.blocks import from_memory_order, in_memory_order
 from qbench.numerics.fused import Statistics
-from qbench.numerics.generated import Generated, Tensors, fma, generated
+from qbench.numerics.generated import BothWays, Tensors, fma, generated
 from qbench.numerics.generated_rounding import Learned, Rounding
 
 
@@ -88,16 +88,10 @@ class Moved:
 
 
 @dataclasses.dataclass(frozen=True)
-class Code:
-    """A step as generated code: both directions, and the plan that they were made for."""
+class Code(BothWays):
+    """Both directions of a step, and the plan that they were made for."""
 
     plan: Plan
-    forward: Generated
-    backward: Generated
-
-    def ready(self) -> bool:
-        """Whether both directions are compiled and checked; where they are not, the log says why."""
-        return self.forward.ready() and self.backward.ready()
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,7 +99,7 @@ def generated_code(last: bool, momentum: float, eps: float, *rounding: Any) -> C
     """Both directions of a plan; `rounding` is what `Rounding` is made of."""
     plan = Plan(last, momentum, eps, Rounding(*rounding))
     fixed = dataclasses.replace(plan, rounding=dataclasses.replace(plan.rounding, gradient="none"))
-    return Code(plan, generated(forward, _forward_sample, fixed), generated(backward, _backward_sample, plan))
+    return Code(generated(forward, _forward_sample, fixed), generated(backward, _backward_sample, plan), plan)
 
 
 def normalize_clip_quantize(

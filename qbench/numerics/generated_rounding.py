@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qbench.numerics.blocks import dense, in_rows
-from qbench.numerics.generated import Generated, Tensors, generated
+from qbench.numerics.generated import BothWays, Generated, Tensors, generated
 from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
 from qbench.numerics.straight_through import GridGradient
 
@@ -105,25 +105,13 @@ class Rounding:
         return [value.to(self.device) for value in found]
 
 
-@dataclasses.dataclass(frozen=True)
-class LearnedCode:
-    """`round_learned` as generated code: both directions."""
-
-    forward: Generated
-    backward: Generated
-
-    def ready(self) -> bool:
-        """Whether both directions are compiled and checked; where they are not, the log says why."""
-        return self.forward.ready() and self.backward.ready()
-
-
 @functools.lru_cache(maxsize=256)
-def learned_code(*rounding: Any) -> LearnedCode:
+def learned_code(*rounding: Any) -> BothWays:
     """The code of `round_learned`; `rounding` is what `Rounding` is made of."""
     found = Rounding(*rounding)
     fixed = dataclasses.replace(found, gradient="none")
     backward = generated(_round_backward, _round_backward_sample, found)
-    return LearnedCode(generated(_round, _round_sample, fixed), backward)
+    return BothWays(generated(_round, _round_sample, fixed), backward)
 
 
 @functools.lru_cache(maxsize=256)
@@ -163,7 +151,7 @@ class _GeneratedClip(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0], None, None, None, None
 
 
-def round_learned(v: Tensor, grid: tuple[Tensor, Tensor], learned: Learned, code: LearnedCode) -> Tensor:
+def round_learned(v: Tensor, grid: tuple[Tensor, Tensor], learned: Learned, code: BothWays) -> Tensor:
     """A clamp and a quantizer whose grid is learned, by generated code.
 
     Args:
@@ -184,7 +172,7 @@ class _GeneratedLearned(torch.autograd.Function):
         scale: Tensor | None,
         zero_point: Tensor | None,
         grid: tuple[Tensor, Tensor],
-        code: LearnedCode,
+        code: BothWays,
     ) -> Tensor:
         out = torch.empty_like(v)
         code.forward(in_rows(out), in_rows(v), *grid)

@@ -100,9 +100,9 @@ class _FakeQuantize(torch.autograd.Function):
         if not any(ctx.needs_input_grad[1:3]):
             return grad_inside(grads[0], x, wide_scale, low, qmax - qmin), *[None] * 6
         if group_size is None and axis in (None, 0) and at_hand(x) and at_hand(grads[0]):
-            grad_x, to_scale, outside = _grads_in_blocks(grads[0], x, wide_scale, low, high, axis)
             wanted = ctx.needs_input_grad[1:3]
-            return grad_x, to_scale if wanted[0] else None, -scale * outside if wanted[1] else None, *[None] * 4
+            grad_x, to_scale, outside = _grads_in_blocks(grads[0], x, wide_scale, low, high, axis, wanted[1])
+            return grad_x, to_scale if wanted[0] else None, None if outside is None else -scale * outside, *[None] * 4
         position = x.float() * (1.0 / wide_scale)
         steps = position.round()
         clipped = steps.clamp(low, high)
@@ -207,11 +207,11 @@ def grad_inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, width: int)
 
 
 def _grads_in_blocks(
-    grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, axis: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to `x` and to the scale ("residual"), and the sum of those outside the grid; float32 on a CPU.
+    grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, axis: int | None, learns_zero: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients to `x` and to the scale ("residual"), and for a zero point that is learned the sum outside the grid.
 
-    Sums are per tensor, (), or with an axis of 0 per channel, (channels,).
+    float32 on a CPU. Sums are per tensor, (), or with an axis of 0 per channel, (channels,).
     """
     result, inverse = torch.empty_like(x), 1.0 / scale
     to_scale: list[Tensor] = []
@@ -225,12 +225,18 @@ def _grads_in_blocks(
         inside = torch.eq(steps, clipped, out=target)
         residual = torch.sub(clipped, position.mul_(inside), out=steps)
         target.mul_(given)
-        stopped = torch.sub(given, target, out=third.like(source))
-        for sums, values in ((to_scale, residual.mul_(given)), (outside, stopped)):
-            sums.append(values.reshape(len(values), -1).sum(1) if axis == 0 else values.sum(dtype=torch.float64))
-    if axis == 0:
-        return result, torch.cat(to_scale), torch.cat(outside)
-    return result, torch.stack(to_scale).sum().float(), torch.stack(outside).sum().float()
+        to_scale.append(_partial_sum(residual.mul_(given), axis))
+        if learns_zero:
+            outside.append(_partial_sum(torch.sub(given, target, out=third.like(source)), axis))
+    return result, _joined(to_scale, axis), _joined(outside, axis) if learns_zero else None
+
+
+def _partial_sum(block: Tensor, axis: int | None) -> Tensor:
+    return block.reshape(len(block), -1).sum(1) if axis == 0 else block.sum(dtype=torch.float64)
+
+
+def _joined(sums: list[Tensor], axis: int | None) -> Tensor:
+    return torch.cat(sums) if axis == 0 else torch.stack(sums).sum().float()
 
 
 #: Differences of steps below this are exact in float32.

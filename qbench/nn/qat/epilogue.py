@@ -29,7 +29,7 @@ from qbench.numerics import fused
 from qbench.numerics.blocks import at_hand, channels_are_last, dense
 from qbench.numerics.generated import DEVICES, standing_for
 from qbench.numerics.generated_epilogue import Code, Moved, generated_code, normalize_clip_quantize
-from qbench.numerics.generated_rounding import clip_code, clip_quantize, learned_code, round_learned
+from qbench.numerics.generated_rounding import Learned, clip_code, clip_quantize, learned_code, round_learned
 from qbench.observers import Observer
 
 Step = Callable[[Tensor], Tensor]
@@ -114,8 +114,7 @@ def _on_observed_grid(
         both = _normalizing_code(y, bn, rounding)
         if both is None:
             return None
-        moved = Moved(bn.count(), bn.silenced, *grid, state)
-        out = normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, both)
+        out = _normalized(y, bn, Moved(bn.count(), bn.silenced, *grid, state), both)
     quantizer.seen_data = True
     return out
 
@@ -124,22 +123,26 @@ def _on_learned_grid(
     y: Tensor, bn: TrainingBatchNorm | None, bounds: tuple[float, float], quantizer: LearnedFakeQuantize
 ) -> Tensor | None:
     rounding = *bounds, quantizer.spec, None, y.device.type, quantizer.grid_gradient
-    code, both = learned_code(*rounding), None
-    if bn is not None:
+    if bn is None:
+        code = learned_code(*rounding)
+        if not dense(y).is_contiguous() or not code.ready():
+            return None
+        out = round_learned(y, *_learned_grid(y, quantizer), code)
+    else:
         both = _normalizing_code(y, bn, rounding)
-    if both is None and (bn is not None or not dense(y).is_contiguous() or not code.ready()):
-        return None
+        if both is None:
+            return None
+        grid, learned = _learned_grid(y, quantizer)
+        out = _normalized(y, bn, Moved(bn.count(), bn.silenced, *grid, ()), both, learned)
+    return quantizer.regularized(out)
+
+
+def _learned_grid(y: Tensor, quantizer: LearnedFakeQuantize) -> tuple[tuple[Tensor, Tensor], Learned]:
+    """The grid for `y`, `s` and `z`, and the same with their gradients."""
     if quantizer.training:
         quantizer.note_size(y)
     snapshot = quantizer.snapshot()
-    learned = snapshot.scale, quantizer.zero_point_of(snapshot)
-    grid = snapshot.scale.detach(), snapshot.zero_point
-    if bn is None or both is None:
-        out = round_learned(y, grid, learned, code)
-    else:
-        moved = Moved(bn.count(), bn.silenced, *grid, ())
-        out = normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, both, learned)
-    return quantizer.regularized(out)
+    return (snapshot.scale.detach(), snapshot.zero_point), (snapshot.scale, quantizer.zero_point_of(snapshot))
 
 
 def _normalizing_code(y: Tensor, bn: TrainingBatchNorm, rounding: tuple[Any, ...]) -> Code | None:
@@ -152,6 +155,10 @@ def _normalizing_code(y: Tensor, bn: TrainingBatchNorm, rounding: tuple[Any, ...
         return None
     bn.holder._check_input_dim(y)
     return code
+
+
+def _normalized(y: Tensor, bn: TrainingBatchNorm, moved: Moved, code: Code, learned: Learned = (None, None)) -> Tensor:
+    return normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, code, learned)
 
 
 def rule_of(observer: Observer) -> Observer:
