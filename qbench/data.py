@@ -84,6 +84,11 @@ def load(spec: str, image_size: int | None = None, *, split_seed: int = 0) -> Im
     raise DataError(f"data {spec!r} is unknown; expected one of: {', '.join(SPECS)}{_nearest_spec(spec)}")
 
 
+def samples_in(dataset: Dataset[Sample]) -> int:
+    """Samples of a map-style dataset; PyTorch declares no `len` of the base."""
+    return len(dataset)  # type: ignore[arg-type]
+
+
 def batches(
     dataset: Dataset[Sample], batch_size: int, *, seed: int | None = None, workers: int = 0
 ) -> DataLoader[Sample]:
@@ -96,7 +101,7 @@ def batches(
             cannot normalise a batch of one). None keeps the order and every image.
         workers: Processes that read images; 0 reads in this one.
     """
-    size = len(dataset)  # type: ignore[arg-type]
+    size = samples_in(dataset)
     shuffle = seed is not None
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     return DataLoader(

@@ -199,7 +199,7 @@ def check_steps(job: Job, images: ImageData) -> None:
         ConfigError: it takes none.
     """
     if _qat_steps(job, images) == 0:
-        count = len(images.train)  # type: ignore[arg-type]
+        count = data_sets.samples_in(images.train)
         raise ConfigError(
             f"{job.qat_training.epochs:g} QAT epochs of {count} images in batches of {job.qat_training.batch_size} are "
             f"no step: a quantizer that saw no data has no range; the default is --qat-epochs {QAT_TRAINING.epochs:g}"
@@ -207,7 +207,7 @@ def check_steps(job: Job, images: ImageData) -> None:
 
 
 def _qat_steps(job: Job, images: ImageData) -> int:
-    return training.count_steps(len(images.train), job.qat_training)  # type: ignore[arg-type]
+    return training.count_steps(data_sets.samples_in(images.train), job.qat_training)
 
 
 def train(job: Job, images: ImageData, clock: Clock) -> Trained:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from qbench.data import Sample, batches
+from qbench.data import Sample, batches, samples_in
 from qbench.errors import ConfigError, MissingDependencyError, NumericsError, require
 from qbench.modes import evaluating
 
@@ -301,7 +301,7 @@ def fit(
         NumericsError: the loss is not finite, or the data is empty.
     """
     started = time.perf_counter()
-    total = count_steps(len(data), settings)  # type: ignore[arg-type]
+    total = count_steps(samples_in(data), settings)
     if total == 0:
         return FitResult((), 0, None, None, 0.0)
     loader = batches(data, settings.batch_size, seed=settings.seed, workers=settings.workers)
