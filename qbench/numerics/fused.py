@@ -7,16 +7,17 @@
 
     backward    g is cut to low < v < high and to codes inside the grid, then goes through BatchNorm
 
-Each step has the bits of the separate operators. What is saved is `y` alone, which BatchNorm's backward needs anyway:
-`v` is computed again, in blocks that never leave the cache. Outside BatchNorm's own two kernels, that makes two passes
-over memory forward and one backward, and two fresh tensors of the size of `y`.
+Both clamps are one, before rounding, and both cuts of the gradient are one: see `qbench.numerics.interval`. The ends of
+`a` are those of `v`, clamped. So there are fewer operators than steps, with the bits of the steps. What is saved is `y`
+alone, which BatchNorm's backward needs anyway: `v` is computed again, in blocks that never leave the cache. Outside
+BatchNorm's own two kernels, that makes two passes over memory forward and one backward, and two fresh tensors of the
+size of `y`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qbench.numerics.blocks import Scratch, dense, in_blocks
-from qbench.numerics.qparams import QParams, steps_from_zero
-from qbench.numerics.straight_through import round_masked
+from qbench.numerics.interval import Interval, interval_of, passed
+from qbench.numerics.qparams import QParams
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ class Chain:
         low: Lower bound of the activation; −inf where it has none.
         high: Upper bound of the activation; inf where it has none.
         by_ends: Whether `watch` finds the grid from the two ends of a tensor.
-        watch: Observes a tensor, (its ends where `by_ends`), and answers with the grid per tensor.
+        watch: Observes a tensor, (its ends where `by_ends`), and answers with the grid: `interval.is_served`.
     """
 
     low: float
@@ -103,34 +104,21 @@ class _NormalizeClipQuantize(torch.autograd.Function):
         ctx: Any, y: Tensor, gamma: Tensor | None, shift: Tensor | None, statistics: Statistics, chain: Chain
     ) -> Tensor:
         out, mean, inverse = _batch_norm(y, gamma, shift, statistics)
-        grid = chain.watch(out, _clip(out, chain))
-        low, high = steps_from_zero(grid.zero_point, grid.qmin, grid.qmax)
-        steps_per_unit = 1.0 / grid.scale
-        for (value,) in in_blocks(out):
-            value.mul_(steps_per_unit).round_()
-            if chain.low < 0:  # 0 is a code of every grid: what is not negative needs no lower bound
-                torch.maximum(value, low, out=value)
-            torch.minimum(value, high, out=value).mul_(grid.scale)
-        ctx.chain, ctx.eps, ctx.width = chain, statistics.eps, grid.qmax - grid.qmin
-        ctx.save_for_backward(y, gamma, shift, mean, inverse, steps_per_unit, low)
+        interval = _observed(out, chain)
+        interval.quantize(out, out)
+        ctx.interval, ctx.eps = interval, statistics.eps
+        ctx.save_for_backward(y, gamma, shift, mean, inverse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        y, gamma, shift, mean, inverse, steps_per_unit, low = ctx.saved_tensors
-        chain: Chain = ctx.chain
+        y, gamma, shift, mean, inverse = ctx.saved_tensors
+        above, below = ctx.interval.passing()
         factor, constant = _affine(y, gamma, shift, mean, inverse)
         inside, room = torch.empty_like(y), Scratch()
         for source, given, target in in_blocks(y, grads[0], inside):
-            value = torch.addcmul(constant, source, factor, out=room.like(source))
-            # A value that the activation cuts is moved out of every grid: one mask then serves both.
-            if chain.low > -math.inf:
-                aten.threshold_(value, chain.low, -math.inf)
-            if chain.high < math.inf:
-                aten.threshold_(value.neg_(), -chain.high, -math.inf).neg_()
-            value.mul_(steps_per_unit).round_().sub_(low)
-            aten.hardtanh_backward(given, value, -0.5, ctx.width + 0.5, grad_input=target)
+            passed(given, torch.addcmul(constant, source, factor, out=room.like(source)), above, below, out=target)
         wanted = [ctx.needs_input_grad[0], gamma is not None, shift is not None]
         found = aten.native_batch_norm_backward(inside, y, gamma, None, None, mean, inverse, True, ctx.eps, wanted)
         return (*found, None, None)
@@ -140,10 +128,8 @@ class _ClipQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, chain: Chain) -> Tensor:
         ctx.mark_dirty(v)
-        grid = chain.watch(v, _clip(v, chain))
-        low, high = steps_from_zero(grid.zero_point, grid.qmin, grid.qmax)
         mask = torch.empty_like(v, dtype=torch.int8)
-        round_masked(v, v, mask, grid.scale, low, high, grid.qmax - grid.qmin, (chain.low, chain.high))
+        _observed(v, chain).quantize(v, v, mask)
         ctx.save_for_backward(mask)
         return v
 
@@ -186,18 +172,15 @@ def _repeats_batch_norm(contiguous: bool) -> bool:
     return torch.equal(out, torch.addcmul(constant, y, factor))
 
 
-def _clip(out: Tensor, chain: Chain) -> Ends | None:
-    """Make `a` of `v` in place; its ends where they are wanted."""
-    low = None if chain.low == -math.inf else chain.low
-    high = None if chain.high == math.inf else chain.high
-    ends = []
-    for (value,) in in_blocks(out):
-        if low is not None or high is not None:
-            value.clamp_(low, high)
-        if chain.by_ends:
-            ends.append(torch.aminmax(dense(value)))
-    if not chain.by_ends:
-        return None
-    if len(ends) == 1:
-        return ends[0]
-    return torch.stack([low for low, _ in ends]).amin(), torch.stack([high for _, high in ends]).amax()
+def _observed(v: Tensor, chain: Chain) -> Interval:
+    """The grid that is found from `a`; where its ends do not say enough, `v` is made `a`."""
+    ends = None
+    if chain.by_ends:
+        found = [torch.aminmax(dense(value)) for (value,) in in_blocks(v)]
+        lows, highs = zip(*found, strict=True)
+        low, high = found[0] if len(found) == 1 else (torch.stack(lows).amin(), torch.stack(highs).amax())
+        ends = low.clamp(chain.low, chain.high), high.clamp(chain.low, chain.high)
+    else:
+        for (value,) in in_blocks(v):
+            value.clamp_(chain.low, chain.high)
+    return interval_of(chain.watch(v, ends), (chain.low, chain.high))

@@ -8,8 +8,8 @@ Whole models compile as well; this is for eager training, where a few functions 
 rest of a model need not be traceable. Functions are of tensors and of constants: dynamo's guards then are on tensors
 alone, no module is looked at in a call, and layers of the same configuration share one piece of code.
 
-Where arguments of the same shapes, strides and dtypes went through dynamo before, what it called then is called
-without it: its way to the code takes twice as long as the code of a small layer.
+Where arguments of the same shapes, strides and dtypes went through dynamo before, Inductor's code is called without it
+and without what AOTAutograd puts around: these ways to the code take three times as long as the code of a small layer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import functools
 import importlib
 import itertools
 import logging
+import operator
 import re
+import threading
 import types
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ _refused: list[str] = []
 # Every reason that was logged.
 _reasons: list[str] = []
 _standing: dict[Any, Any] = {}
+_LOCK = threading.Lock()
 
 
 class Generated:
@@ -69,7 +72,7 @@ class Generated:
         self._eager = functools.partial(_call, function, constants)
         self._backend = _Backend()
         self._compiled = _compiled(function, constants, self._backend)
-        self._known: dict[Any, tuple[_Graph, list[int], int]] = {}
+        self._known: dict[Any, _Way] = {}
         self._sample = functools.partial(sample, *constants)
         self._checked = False
 
@@ -80,34 +83,31 @@ class Generated:
             self._check()
         return not self.failed
 
-    @torch.no_grad()
     def __call__(self, *tensors: Tensor | None) -> Tensors:
-        """The function's answer; from the eager function where compiling for these arguments fails."""
+        """The function's answer, without gradients; from the eager function where compiling for the arguments fails."""
+        # The sizes of a Parameter would be constants to dynamo, and whether there is a gradient a guard.
+        given = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
         if not self.failed:
-            # The sizes of a Parameter would be constants to dynamo, and whether there is a gradient a guard.
-            given = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
-            key = tuple(map(_known_by, given))
             try:
-                known = self._known.get(key)
+                known = self._known.get(tuple(map(_known_by, given)))
                 if known is not None:
                     with contextlib.suppress(AssertionError):
-                        return _direct(known, given)
-                return self._learn(key, given)
+                        return known(given)
+                return self._learn(given)
             except Exception as error:  # whatever a compiler raises, before anything was computed
                 self._give_up(error)
-        return self._eager(*tensors)
+        with torch.no_grad():
+            return self._eager(*given)
 
-    def _learn(self, key: Any, given: Sequence[Tensor | None]) -> Tensors:
+    @torch.no_grad()
+    def _learn(self, given: Sequence[Tensor | None]) -> Tensors:
         """Call by way of dynamo, and remember what it called if the answer is just what that gave."""
+        key = tuple(map(_known_by, given))
         self._backend.called = None
         found = self._compiled(*given)
-        if self._backend.called is not None:
-            graph, outputs = self._backend.called
-            self._backend.called = None
-            places = [index for index, value in enumerate(found) if value is not None]
-            same = len(places) == len(outputs) and all(found[i] is out for i, out in zip(places, outputs, strict=True))
-            if graph.inputs is not None and same:
-                self._known[key] = graph, places, len(found)
+        way, self._backend.called = _way(self._backend.called, found), None
+        if way is not None:
+            self._known[key] = way
         return found
 
     @torch.no_grad()
@@ -162,34 +162,69 @@ def _call(function: Callable[..., Tensors], constants: tuple[Any, ...], *tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class _Graph:
-    """What Inductor made of a graph.
+class _Called:
+    """A call of what Inductor made of a graph.
 
     Attributes:
-        call: Takes the graph's inputs, answers with its outputs.
+        code: Takes a list of the graph's inputs, which it empties, answers with its outputs.
         inputs: Which argument each input is, and of which of its axes it is the size (None: itself); None where that
             is not understood.
+        outputs: What it answered.
     """
 
-    call: Callable[..., Sequence[Tensor]]
+    code: Callable[[list[Any]], Sequence[Tensor]]
     inputs: tuple[tuple[int, int | None], ...] | None
+    outputs: Sequence[Tensor]
 
 
 class _Backend:
-    """Inductor, noting which graph is called and what it answers."""
+    """Inductor, noting which code is called and what it answers."""
 
     def __init__(self) -> None:
-        self.called: tuple[_Graph, Sequence[Tensor]] | None = None
+        self.called: _Called | None = None
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-        graph = _Graph(torch._dynamo.lookup_backend("inductor")(module, inputs), _inputs_of(module))
+        graph = torch._dynamo.lookup_backend("inductor")(module, inputs)
+        wanted = _inputs_of(module)
 
         def call(*args: Any) -> Sequence[Tensor]:
-            found = graph.call(*args)
-            self.called = graph, found
+            with _noting() as calls:
+                found: Sequence[Tensor] = graph(*args)
+            # Where more than one code is called, or with other inputs, or on a way of another version: the whole graph.
+            self.called = _Called(lambda given: graph(*given), wanted, found)
+            if len(calls) == 1 and calls[0].code is not None:
+                code, given, outputs = calls[0].code, calls[0].given, calls[0].outputs
+                if len(given) == len(args) and all(map(operator.is_, given, args)):
+                    self.called = _Called(code, wanted, outputs)
             return found
 
         return call
+
+
+class _Call(NamedTuple):
+    code: Callable[[list[Any]], Sequence[Tensor]] | None
+    given: list[Any]
+    outputs: Sequence[Tensor]
+
+
+@contextlib.contextmanager
+def _noting() -> Iterator[list[_Call]]:
+    """The calls of code from Inductor within."""
+    kind = importlib.import_module("torch._inductor.output_code").CompiledFxGraph
+    calls: list[_Call] = []
+
+    def noted(self: Any, inputs: list[Any]) -> Sequence[Tensor]:
+        given = list(inputs)  # the code empties it
+        found: Sequence[Tensor] = plain(self, inputs)
+        calls.append(_Call(getattr(self, "current_callable", None), given, found))
+        return found
+
+    with _LOCK:
+        plain, kind.__call__ = kind.__call__, noted
+        try:
+            yield calls
+        finally:
+            kind.__call__ = plain
 
 
 _SOURCE = re.compile(r"L\['tensors'\]\[(\d+)\](?:\.size\(\)\[(\d+)\])?")
@@ -218,13 +253,33 @@ def _known_by(x: Tensor | None) -> Any:
     return x.dtype if x.ndim < 2 and x.is_contiguous() else (x.shape, x.stride(), x.dtype)
 
 
-def _direct(known: tuple[_Graph, list[int], int], given: Sequence[Any]) -> Tensors:
-    graph, places, count = known
-    args = [given[index] if axis is None else given[index].shape[axis] for index, axis in graph.inputs or ()]
-    found: list[Tensor | None] = [None] * count
-    for place, value in zip(places, graph.call(*args), strict=True):
-        found[place] = value
-    return tuple(found)
+class _Way:
+    """From arguments to Inductor's code, and from what it answers to the function's answer."""
+
+    def __init__(self, called: _Called, places: list[int], count: int) -> None:
+        self._code = called.code
+        self._inputs = called.inputs or ()
+        # Where each of the answers is among the outputs; None has none.
+        self._places = (
+            None if places == list(range(count)) else [places.index(i) if i in places else None for i in range(count)]
+        )
+
+    def __call__(self, given: Sequence[Any]) -> Tensors:
+        found = self._code([given[index] if axis is None else given[index].shape[axis] for index, axis in self._inputs])
+        if self._places is None:
+            return tuple(found)
+        return tuple(None if place is None else found[place] for place in self._places)
+
+
+def _way(called: _Called | None, found: Tensors) -> _Way | None:
+    """The way of a call that went through dynamo; None where its answer is not just what the code gave."""
+    if called is None or called.inputs is None:
+        return None
+    places = [index for index, value in enumerate(found) if value is not None]
+    same = len(places) == len(called.outputs) and all(
+        found[i] is out for i, out in zip(places, called.outputs, strict=True)
+    )
+    return _Way(called, places, len(found)) if same else None
 
 
 def _compiled(

@@ -13,7 +13,6 @@ not the bits: the sum rounds once more.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from qbench.numerics.bias import bias_codes, dequantize_bias
 from qbench.numerics.blocks import Scratch, at_hand, in_blocks
+from qbench.numerics.interval import interval_of, is_served, passed
 from qbench.numerics.qparams import QParams, along_axis, steps_from_zero
 
 #: What the gradient to a scale `s` is, for each value, where `c` is its code less the zero point:
@@ -79,16 +79,16 @@ class _FakeQuantize(torch.autograd.Function):
         group_size: int | None,
     ) -> Tensor:
         ctx.bounds = (qmin, qmax, axis, group_size)
-        grid = _wide_grid(scale, zero_point, x.ndim, *ctx.bounds)
         plain = ctx.needs_input_grad[:3] == (True, False, False) and scale.ndim == 0
-        ctx.masked = plain and at_hand(x) and qmax - qmin < EXACT_STEPS
+        found = QParams(scale, zero_point, qmin, qmax, axis, group_size)
+        ctx.masked = plain and at_hand(x) and not zero_point.is_floating_point() and is_served(found)
         if ctx.masked:
             out, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
-            round_masked(x, out, mask, *grid, qmax - qmin)
+            interval_of(found).quantize(x, out, mask)
             ctx.save_for_backward(mask)
             return out
         ctx.save_for_backward(x, scale, zero_point)
-        return round_to_grid(x, *grid)
+        return round_to_grid(x, *_wide_grid(scale, zero_point, x.ndim, *ctx.bounds))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,41 +150,6 @@ def round_to_grid(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor
     return result
 
 
-def round_masked(
-    x: Tensor,
-    out: Tensor,
-    mask: Tensor,
-    scale: Tensor,
-    low: Tensor,
-    high: Tensor,
-    width: int,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> None:
-    """`round_to_grid`, float32 on a CPU, with a note of where its gradient is 1.
-
-    Args:
-        x: float32, any shape.
-        out: Like `x`, or `x` itself: becomes the result.
-        mask: int8, like `x`: becomes 1 where `x` lies inside the grid and strictly between the bounds, else 0.
-        scale: `s`, ().
-        low: `qmin − z`, ().
-        high: `qmax − z`, ().
-        width: `qmax − qmin`.
-        bounds: Of an activation that made `x`: where it clipped, there is no gradient.
-    """
-    inverse = 1.0 / scale
-    ones, passed, above = torch.ones_like(next(in_blocks(x))[0]), Scratch(), Scratch()
-    for source, target, inside in in_blocks(x, out, mask):
-        # The one op that masks in one pass wants bounds that are numbers: steps are counted from `low`.
-        flags, given = passed.like(source), ones if ones.shape == source.shape else ones[: len(source)]
-        if bounds != (-math.inf, math.inf):
-            given = torch.ops.aten.hardtanh_backward(given, source, *bounds, grad_input=flags)
-        torch.mul(source, inverse, out=target).round_()
-        shifted = torch.sub(target, low, out=above.like(source))
-        inside.copy_(torch.ops.aten.hardtanh_backward(given, shifted, -0.5, width + 0.5, grad_input=flags))
-        torch.minimum(torch.maximum(target, low, out=target), high, out=target).mul_(scale)
-
-
 def grad_inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, width: int) -> Tensor:
     """The gradient of `round_to_grid` to `x`: `grad` where `low ≤ rne(x · (1/s)) ≤ low + width`, else 0.
 
@@ -202,7 +167,7 @@ def grad_inside(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, width: int)
     result, room = torch.empty_like(x), Scratch()
     for source, given, target, step, least in in_blocks(x, grad, result, inverse, low):
         above = torch.mul(source, step, out=room.like(source)).round_().sub_(least)
-        torch.ops.aten.hardtanh_backward(given, above, -0.5, width + 0.5, grad_input=target)
+        passed(given, above, -0.5, width + 0.5, out=target)
     return result
 
 

@@ -30,6 +30,7 @@ from qbench.numerics.blocks import at_hand, channels_are_last, dense
 from qbench.numerics.generated import DEVICES, standing_for
 from qbench.numerics.generated_epilogue import Code, Moved, generated_code, normalize_clip_quantize
 from qbench.numerics.generated_rounding import Learned, clip_code, clip_quantize, learned_code, round_learned
+from qbench.numerics.interval import is_served
 from qbench.observers import Observer
 
 Step = Callable[[Tensor], Tensor]
@@ -58,6 +59,8 @@ def fused_epilogue(
         quantizer: Observes, then quantizes with the range that includes this batch.
     """
     if quantizer is None or bounds is None or not at_hand(y) or not quantizer.rounds_plainly or quantizer.learned:
+        return None
+    if not is_served(quantizer.spec):
         return None
     chain = fused.Chain(*bounds, quantizer.observer.by_ends, quantizer.watch)
     if bn is None:
