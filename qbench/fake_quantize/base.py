@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qbench.errors import NumericsError, QBenchWarning
 from qbench.fake_quantize.producers import note_producer
+from qbench.numerics.interval import Numbers
 from qbench.numerics.qparams import QParams, QSpec
 from qbench.numerics.straight_through import GridGradient, fake_quantize_ste
 from qbench.observers import FixedObserver, Observer
@@ -199,8 +200,8 @@ class FakeQuantize(nn.Module):
         ready = self.active or (self.fake_quant_enabled and self.training and self.observer_enabled)
         return plain and ready and self.scale.ndim == 0 and not is_hooked(self, self.observer)
 
-    def watch(self, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> QParams:
-        """Observe `x` (in training) and answer with the grid in use.
+    def watch(self, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> QParams | Numbers:
+        """Observe `x` (in training) and answer with the grid in use, in numbers where they are at hand.
 
         Args:
             x: What is quantized.
@@ -211,9 +212,16 @@ class FakeQuantize(nn.Module):
         if ends is None:
             self._observe(x)
             return self.snapshot()
-        found = self.grid_from(self.observer.observe_ends(*ends))
-        self.set_grid(found)
-        return found if self.scale.dtype == found.scale.dtype else self.snapshot()
+        own = type(self).grid_from is not FakeQuantize.grid_from or self.scale.dtype != torch.float32
+        seen = None if own else self.observer.numbers_of_ends(*ends)
+        if seen is None:
+            found = self.grid_from(self.observer.observe_ends(*ends))
+            self.set_grid(found)
+            return found if self.scale.dtype == found.scale.dtype else self.snapshot()
+        self.scale.fill_(seen.scale)
+        self.zero_point.fill_(seen.zero_point)
+        self.seen_data = True
+        return seen
 
     @torch.no_grad()
     def set_grid(self, qparams: QParams) -> None:

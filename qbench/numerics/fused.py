@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qbench.numerics.blocks import Scratch, dense, in_blocks
-from qbench.numerics.interval import Interval, interval_of, passed
+from qbench.numerics.interval import Interval, Numbers, interval_of, passed
 from qbench.numerics.qparams import QParams
 
 aten = torch.ops.aten
@@ -66,7 +66,7 @@ class Chain:
     low: float
     high: float
     by_ends: bool
-    watch: Callable[[Tensor, Ends | None], QParams]
+    watch: Callable[[Tensor, Ends | None], QParams | Numbers]
 
 
 def normalize_clip_quantize(

@@ -27,6 +27,15 @@ _WIDEST = 1 << 20
 _FLOAT, _INTEGER = struct.Struct("f"), struct.Struct("i")
 
 
+class Numbers(NamedTuple):
+    """A grid per tensor whose scale and zero point are numbers; see `QParams`."""
+
+    scale: float
+    zero_point: int
+    qmin: int
+    qmax: int
+
+
 class Interval(NamedTuple):
     """A grid, and the activation before it, `clamp(v, low, high)`, in numbers that float32 holds.
 
@@ -90,7 +99,7 @@ def is_served(grid: QParams | QSpec) -> bool:
     return grid.axis is None and max(-grid.qmin, grid.qmax) < _WIDEST
 
 
-def interval_of(grid: QParams, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+def interval_of(grid: QParams | Numbers, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
     """The interval of a grid that lies on a CPU.
 
     Args:

@@ -17,6 +17,17 @@ import torch
 from torch import Tensor
 
 from qbench.errors import ConfigError, NumericsError
+from qbench.numerics.scalars import (
+    Number,
+    full_int32,
+    maximum,
+    minimum,
+    nan_to_zero,
+    of_numbers,
+    rint,
+    to_float,
+    to_int32,
+)
 
 # The smallest scale that is handed out: a range of zero width (a constant tensor) still needs a usable reciprocal.
 SMALLEST_SCALE = 2.0**-100
@@ -236,23 +247,28 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QSpec) -> QParams:
     Returns:
         QParams whose tensors are new: changing an observer later does not change them.
     """
-    low, high = low.float(), high.float()
+    return QParams(*grid_of(low, high, spec), spec.qmin, spec.qmax, spec.axis, spec.group_size)
+
+
+@of_numbers
+def grid_of(low: Number, high: Number, spec: QSpec) -> tuple[Number, Number]:
+    """`choose_qparams`, of tensors or of numbers (where scales are no powers of two): scale and zero point."""
+    low, high = to_float(low), to_float(high)
     half = spec.qmax if spec.signed else (spec.qmax - spec.qmin) // 2
     if spec.symmetric:
-        scale = torch.maximum(-low, high) / half
+        scale = maximum(-low, high) / half
     else:
-        low = low.clamp(max=0.0)
-        scale = (high.clamp(min=0.0) - low) / (spec.qmax - spec.qmin)
-    scale = scale.clamp(min=SMALLEST_SCALE)
+        low = minimum(low, 0.0)
+        scale = (maximum(high, 0.0) - low) / (spec.qmax - spec.qmin)
+    scale = maximum(scale, SMALLEST_SCALE)
     if spec.power_of_two:
         scale = next_power_of_two(scale)
     if spec.symmetric:
-        zero_point = torch.full_like(scale, 0 if spec.signed else spec.qmin + half + 1, dtype=torch.int32)
-    else:
-        shift = torch.nan_to_num(spec.qmin - torch.round(low / scale))
-        exact = max(abs(spec.qmin), abs(spec.qmax)) <= _EXACT_FLOAT
-        zero_point = shift.clamp(spec.qmin, spec.qmax) if exact else _to_integer(shift, spec.qmin, spec.qmax)
-    return QParams(scale, zero_point.to(torch.int32), spec.qmin, spec.qmax, spec.axis, spec.group_size)
+        return scale, full_int32(0 if spec.signed else spec.qmin + half + 1, scale)
+    shift = nan_to_zero(spec.qmin - rint(low / scale))
+    if max(abs(spec.qmin), abs(spec.qmax)) <= _EXACT_FLOAT:
+        return scale, to_int32(minimum(maximum(shift, spec.qmin), spec.qmax))
+    return scale, _to_integer(shift, spec.qmin, spec.qmax).to(torch.int32)
 
 
 def next_power_of_two(scale: Tensor) -> Tensor:

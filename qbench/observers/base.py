@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from qbench.attributes import own_attributes
 from qbench.errors import ConfigError
-from qbench.numerics.blocks import dense
-from qbench.numerics.qparams import QParams, QSpec, choose_qparams, in_groups
+from qbench.numerics.blocks import at_hand, dense
+from qbench.numerics.interval import Numbers, is_served
+from qbench.numerics.qparams import QParams, QSpec, choose_qparams, grid_of, in_groups
+from qbench.numerics.scalars import Number, is_of_numbers, numbers, quietly
 
 
 class Observer(nn.Module):
@@ -76,8 +78,10 @@ class Observer(nn.Module):
         self.keep(*state)
         return low, high
 
-    def follow(self, low: Tensor, high: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    def follow(self, low: Number, high: Number, *state: Number) -> tuple[Number, ...]:
         """The range with that of one more tensor, and what to remember; nothing is changed, so that it can be compiled.
+
+        On a CPU, one that says `qbench.numerics.scalars.of_numbers` gets numbers of a range that is one.
 
         Args:
             low: Lowest value that the tensor needs.
@@ -122,6 +126,22 @@ class Observer(nn.Module):
     def observe_ends(self, low: Tensor, high: Tensor) -> QParams:
         """`forward`, given the lowest and the highest value of `x`; only where `by_ends`."""
         return choose_qparams(*self.take(low, high), self.spec)
+
+    @torch.no_grad()
+    def numbers_of_ends(self, low: Tensor, high: Tensor) -> Numbers | None:
+        """`observe_ends` in numbers; None where it takes tensors."""
+        kind, state = type(self), self.state()
+        plain = is_of_numbers(kind.follow) and kind.take is Observer.take and not state[2:]
+        if not plain or self.spec.power_of_two or not is_served(self.spec):
+            return None
+        if not all(value.ndim == 0 and at_hand(value) for value in (low, high, *state)):
+            return None
+        with quietly():
+            found = self.follow(*numbers(low, high, *state))
+            scale, zero_point = grid_of(found[0], found[1], self.spec)
+        for buffer, value in zip(state, found[2:], strict=True):
+            buffer.fill_(value.item())
+        return Numbers(scale.item(), zero_point, self.spec.qmin, self.spec.qmax)
 
     def extra_repr(self) -> str:
         """Nothing: the quantizer prints the grid."""

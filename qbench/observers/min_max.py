@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qbench.numerics.qparams import QSpec
+from qbench.numerics.scalars import Number, maximum, minimum, of_numbers, where
 from qbench.observers.base import LatestObserver, Observer, stored
 
 
@@ -31,9 +32,10 @@ class LatestMinMaxObserver(LatestObserver):
 class MinMaxObserver(Observer):
     """Range of everything seen."""
 
-    def follow(self, low: Tensor, high: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    @of_numbers
+    def follow(self, low: Number, high: Number, *state: Number) -> tuple[Number, ...]:
         """Widen the range."""
-        low, high = torch.minimum(state[0], low), torch.maximum(state[1], high)
+        low, high = minimum(state[0], low), maximum(state[1], high)
         return low, high, low, high
 
 
@@ -85,7 +87,8 @@ class MovingAverageMinMaxObserver(Observer):
         for recent in rest:
             self.recent = stored(self.recent, recent)
 
-    def follow(self, low: Tensor, high: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    @of_numbers
+    def follow(self, low: Number, high: Number, *state: Number) -> tuple[Number, ...]:
         """Move the range towards this one; the first tensor sets it (decided on the device, without a sync)."""
         before, recent = state[:2], state[2:]
         if recent:
@@ -96,7 +99,7 @@ class MovingAverageMinMaxObserver(Observer):
             first = before[0] > before[1]  # [+inf, −inf] stands for nothing seen; one infinite value does not
             weight = self.averaging_constant
         low, high = (
-            torch.where(first, new, old + weight * (new - old))
+            where(first, new, old + weight * (new - old))
             for old, new in zip(before, (low, high), strict=True)
         )
         return low, high, low, high, *recent
