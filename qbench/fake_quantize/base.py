@@ -163,6 +163,10 @@ class FakeQuantize(nn.Module):
         scale, zero_point = self.scale.float().clone(), self.zero_point.clone()
         return QParams(scale, zero_point, spec.qmin, spec.qmax, spec.axis, spec.group_size)
 
+    def scale_in_use(self) -> Tensor:
+        """The scale of `snapshot()`."""
+        return self.scale.float().clone() if type(self).snapshot is FakeQuantize.snapshot else self.snapshot().scale
+
     def deployed_qparams(self) -> QParams:
         """The grid to deploy, checked.
 

@@ -98,9 +98,10 @@ class BiasQuantizer(nn.Module):
             return True
         if not at_hand(scale):
             return False
-        most = 0.99 * self.spec.code_limit
-        least = 2.0 * SMALLEST_BIAS_SCALE * most
-        return bool((bias.detach().abs().clamp_(min=least) <= scale.detach() * most).all())
+        scale = scale.detach()
+        lowest, highest = torch.aminmax(bias.detach() / scale)
+        usable = scale.amin() >= 2.0 * SMALLEST_BIAS_SCALE
+        return bool(usable) and max(-float(lowest), float(highest)) <= 0.99 * self.spec.code_limit
 
     def forward(self, bias: Tensor, scale: Tensor) -> Tensor:
         """`b̂`, (out,)."""

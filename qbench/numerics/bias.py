@@ -75,14 +75,25 @@ def bias_codes(bias: Tensor, scale: Tensor, bits: int = 32, *, symmetric: bool =
     Returns:
         codes int64 (out,), and a bool mask (out,) of those that did not fit. NaN counts as not fitting, code 0.
     """
+    rounded, codes = _float_codes(bias, scale, bits, symmetric)
+    return codes.to(torch.int64), (codes != rounded)
+
+
+def quantized_bias(bias: Tensor, scale: Tensor, bits: int = 32) -> Tensor:
+    """`b̂`, float32, (out,): `dequantize_bias` of `bias_codes`, without the integers between."""
+    # −0.0 + 0.0 is +0.0, the value that an integer code dequantizes to.
+    return dequantize_bias(_float_codes(bias, scale, bits)[1] + 0.0, scale, bits)
+
+
+def _float_codes(bias: Tensor, scale: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes before and after saturation, float64."""
     # Beyond the limit float64 would round 2^(bits−1) − 1 up to a number that wraps in int64.
     high = min(2 ** (bits - 1) - 1, 2 * LARGEST_WIDE_CODE)
     low = -high if symmetric else -high - 1
     rounded = round_bias(bias, scale)
     if bits > WIDEST_STORED_BITS:
         rounded = round_bias(_wide_value(rounded, scale), scale)
-    codes = torch.nan_to_num(rounded, nan=0.0).clamp(low, high)
-    return codes.to(torch.int64), (codes != rounded)
+    return rounded, torch.nan_to_num(rounded, nan=0.0).clamp(low, high)
 
 
 def dequantize_bias(codes: Tensor, scale: Tensor, bits: int = 32) -> Tensor:

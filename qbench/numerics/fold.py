@@ -15,6 +15,7 @@ The output channels of a weight:
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,8 +67,7 @@ class WeightLayout:
         return values.reshape(self.groups, -1).amax(0) if self.transposed else values
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchNormTensors:
+class BatchNormTensors(NamedTuple):
     """What folding reads of a BatchNorm: γ and β (or None), running mean and variance, all (out,), and ε."""
 
     gamma: Tensor | None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ aten = torch.ops.aten
 Ends = tuple[Tensor, Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What BatchNorm updates in training, and how.
 
     Attributes:

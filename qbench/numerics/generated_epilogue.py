@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +68,7 @@ class Plan:
         return y.shape[0] * y.shape[self.rows(y)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Moved:
+class Moved(NamedTuple):
     """What a step writes to, apart from its output.
 
     Attributes:

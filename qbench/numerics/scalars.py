@@ -1,7 +1,8 @@
 """Arithmetic on single numbers, which are tensors or scalars of NumPy.
 
-Functions that are written with these and with Python's operators take both, float32, with the same bits. An operator on a tensor of one number takes ten times as long as on the number, and a quantizer that observes has some
-thirty of them. Compiled code and other devices need tensors; eager training on a CPU does not.
+Functions that are written with these and with Python's operators take both, float32, with the same bits. An operator on
+a tensor of one number takes ten times as long as on the number, and a quantizer that observes has some thirty of them.
+Compiled code and other devices need tensors; eager training on a CPU does not.
 
 Each operation rounds once on either side: a product and a sum in one would not.
 """

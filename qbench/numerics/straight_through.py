@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qbench.numerics.bias import bias_codes, dequantize_bias
+from qbench.numerics.bias import bias_codes, dequantize_bias, quantized_bias
 from qbench.numerics.blocks import Scratch, at_hand, in_blocks
 from qbench.numerics.interval import interval_of, is_served, passed
 from qbench.numerics.qparams import QParams, along_axis, steps_from_zero
@@ -126,25 +126,25 @@ def _wide_grid(
     return wide_scale, low, high
 
 
-def round_to_grid(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def round_to_grid(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     """`clamp(rne(x · (1/s)), low, high) · s`, computed in float32, in the shape, layout and dtype of `x`; no gradient.
 
     Args:
         x: float, any shape.
         scale: `s`, float32, broadcasting against `x`.
-        low: `qmin − z`, float32, of the shape of `scale`.
+        low: `qmin − z`, float32, of the shape of `scale`; or one number for all.
         high: `qmax − z`, likewise.
     """
     inverse = 1.0 / scale
     if torch.compiler.is_compiling():
-        return ((x.float() * inverse).round().maximum(low).minimum(high) * scale).to(x.dtype)
+        return ((x.float() * inverse).round().clamp(low, high) * scale).to(x.dtype)  # type: ignore[arg-type]
     result = torch.empty_like(x)
-    for source, target, *grid in in_blocks(x, result, inverse, scale, low, high):
-        step, size, least, most = grid
+    ends = [end for end in (low, high) if isinstance(end, Tensor)]
+    for source, target, step, size, *wide_ends in in_blocks(x, result, inverse, scale, *ends):
         wide = source.float()  # not in the product: of float16 with a scalar, that would be float16
         steps = target if wide is source else wide
         torch.mul(wide, step, out=steps).round_()
-        torch.minimum(torch.maximum(steps, least, out=steps), most, out=steps).mul_(size)
+        torch.clamp(steps, *(wide_ends or (low, high)), out=steps).mul_(size)
         if steps is not target:
             target.copy_(steps)
     return result
@@ -262,5 +262,5 @@ class _FakeQuantizeBias(torch.autograd.Function):
 def fake_quantize_bias_ste(bias: Tensor, scale: Tensor, bits: int) -> Tensor:
     """`b̂ = f32(q_b · s_b)` with gradients to the bias (1, or 0 where saturated) and to its scale (the residual)."""
     if not (torch.is_grad_enabled() and (bias.requires_grad or scale.requires_grad)):
-        return dequantize_bias(bias_codes(bias, scale, bits)[0], scale, bits)
+        return quantized_bias(bias, scale, bits)
     return _FakeQuantizeBias.apply(bias, scale, bits)

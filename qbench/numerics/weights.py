@@ -141,8 +141,7 @@ class MovingGrid(WeightGrid):
             return self.rounding(self.weight, self.unfolded_qparams())
         with torch.no_grad():
             step = self.qparams.spread(self.step, self.weight)
-            ends = (step.new_tensor(end) for end in (self.qparams.qmin, self.qparams.qmax))
-            value = round_to_grid(self.weight.detach(), step, *ends)
+            value = round_to_grid(self.weight.detach(), step, self.qparams.qmin, self.qparams.qmax)
         return straight_through(self.weight, value)
 
     def unfolded_qparams(self) -> QParams:

@@ -134,7 +134,7 @@ class Observer(nn.Module):
         plain = is_of_numbers(kind.follow) and kind.take is Observer.take and not state[2:]
         if not plain or self.spec.power_of_two or not is_served(self.spec):
             return None
-        if not all(value.ndim == 0 and at_hand(value) for value in (low, high, *state)):
+        if any(value.ndim for value in state) or not (at_hand(low) and at_hand(state[0])):
             return None
         with quietly():
             found = self.follow(*numbers(low, high, *state))

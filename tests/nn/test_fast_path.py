@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import logging
 import math
@@ -413,7 +412,7 @@ def test_the_bias_error_hands_its_gradient_on() -> None:
         parameters = one._training_parameters()
         assert parameters.error is not None
         error = parameters.error.clone().requires_grad_()
-        one._training_parameters = lambda found=parameters, e=error: dataclasses.replace(found, error=e)
+        one._training_parameters = lambda found=parameters, e=error: found._replace(error=e)
         one(images[0]).square().sum().backward()
         assert one.path == ("generated" if one.fast_path else "fused") and error.grad is not None
         gradients.append(error.grad)

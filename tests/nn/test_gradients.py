@@ -258,6 +258,7 @@ class TestScales:
         layer.output_quantizer.fake_quant_enabled = False
         scale = source.scale.clone().requires_grad_()
         source.snapshot = lambda: qbench.QParams(scale, source.zero_point, -128, 127)  # type: ignore[method-assign]
+        source.scale_in_use = lambda: scale  # type: ignore[method-assign]
         out = layer(x)
         weights = cotangent(out)
         (out * weights).sum().backward()

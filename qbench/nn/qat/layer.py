@@ -262,7 +262,7 @@ class QatLayer(QatModule):
         source = self._sources[0] if self._sources else None
         if source is None or not source.active or not self.weight_quantizer.fake_quant_enabled:
             return None
-        return source.snapshot().scale
+        return source.scale_in_use()
 
     def _bn_tensors(self) -> BatchNormTensors | None:
         bn = self.batch_norm

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,8 +88,7 @@ class Folding:
         return self.weight_quantizer.fake_quantize(weight, grid) if found is None else found
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingParameters:
+class TrainingParameters(NamedTuple):
     """What a layer computes with where BatchNorm normalises with the batch's statistics.
 
     Attributes:
