@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import qbench
+
 EXTRAS = ["torchvision", "onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "sklearn", "PIL", "tqdm"]
 
 # A process in which the extras are not to be found, as where they are not installed: a finder that raised instead would
@@ -68,13 +70,34 @@ def run_python(code: str, folder: Path | None = None) -> subprocess.CompletedPro
 
 @lru_cache(maxsize=1)
 def modules_that_qbench_adds() -> frozenset[str]:
-    """Names in sys.modules after `import qbench` that `import torch, numpy` alone does not bring."""
+    """Names in sys.modules after `import qbench` and all that is public, that `import torch, numpy` alone does not bring."""
     done = run_python(
         "import sys, torch, numpy; before = set(sys.modules)\n"
-        "import qbench; print(*sorted(set(sys.modules) - before), sep='\\n')"
+        "import qbench; [getattr(qbench, name) for name in qbench.__all__]\n"
+        "print(*sorted(set(sys.modules) - before), sep='\\n')"
     )
     assert done.returncode == 0, done.stderr
     return frozenset(done.stdout.split())
+
+
+def test_what_training_does_not_need_is_imported_when_it_is_named() -> None:
+    done = run_python(
+        "import sys, json, qbench\n"
+        "later = ['export', 'passes', 'ptq', 'conversion', 'verification', 'checkpoints', 'profiling', 'one_call']\n"
+        "early = [name for name in later if f'qbench.{name}' in sys.modules]\n"
+        "found = {name: getattr(qbench, name).__name__ for name in [*qbench.__all__, *later]}\n"
+        "print(json.dumps([early, found, sorted(set(found) - set(dir(qbench)))]))"
+    )
+    assert done.returncode == 0, done.stderr
+    early, found, undiscovered = json.loads(done.stdout)
+    assert not early and not undiscovered
+    assert found["ptq"] == "qbench.ptq" and found["verification"] == "qbench.verification"
+    assert found["convert"] == "convert" and found["load_program"] == "load_program"
+
+
+def test_a_name_that_is_none_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'qbench' has no attribute 'quantise'"):
+        qbench.quantise  # noqa: B018
 
 
 def test_import_pulls_in_no_extra() -> None:
