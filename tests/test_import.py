@@ -70,7 +70,7 @@ def run_python(code: str, folder: Path | None = None) -> subprocess.CompletedPro
 
 @lru_cache(maxsize=1)
 def modules_that_qbench_adds() -> frozenset[str]:
-    """Names in sys.modules after `import qbench` and all that is public, that `import torch, numpy` alone does not bring."""
+    """Names in sys.modules after qbench and all that is public, that `import torch, numpy` alone does not bring."""
     done = run_python(
         "import sys, torch, numpy; before = set(sys.modules)\n"
         "import qbench; [getattr(qbench, name) for name in qbench.__all__]\n"
