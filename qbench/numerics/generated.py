@@ -103,9 +103,11 @@ class Generated:
     def _learn(self, given: Sequence[Tensor | None]) -> Tensors:
         """Call by way of dynamo, and remember what it called if the answer is just what that gave."""
         key = tuple(map(_known_by, given))
+        versions = [None if x is None else x._version for x in given]
         self._backend.called = None
         found = self._compiled(*given)
-        way, self._backend.called = _way(self._backend.called, found), None
+        written = [i for i, x in enumerate(given) if x is not None and x._version != versions[i]]
+        way, self._backend.called = _way(self._backend.called, found, written), None
         if way is not None:
             self._known[key] = way
         return found
@@ -254,32 +256,40 @@ def _known_by(x: Tensor | None) -> Any:
 
 
 class _Way:
-    """From arguments to Inductor's code, and from what it answers to the function's answer."""
+    """From arguments to Inductor's code, and from what it answers to the function's answer.
 
-    def __init__(self, called: _Called, places: list[int], count: int) -> None:
+    Args:
+        called: A call of the code.
+        places: Which of the function's answers its outputs are.
+        count: How many answers there are; the others are None.
+        written: Which arguments it writes to: autograd must hear of that.
+    """
+
+    def __init__(self, called: _Called, places: list[int], count: int, written: list[int]) -> None:
         self._code = called.code
         self._inputs = called.inputs or ()
-        # Where each of the answers is among the outputs; None has none.
-        self._places = (
-            None if places == list(range(count)) else [places.index(i) if i in places else None for i in range(count)]
-        )
+        self._all = places == list(range(count))
+        self._places = [places.index(i) if i in places else None for i in range(count)]
+        self._written = written
 
     def __call__(self, given: Sequence[Any]) -> Tensors:
         found = self._code([given[index] if axis is None else given[index].shape[axis] for index, axis in self._inputs])
-        if self._places is None:
+        if self._written:
+            torch.autograd.graph.increment_version([given[index] for index in self._written])
+        if self._all:
             return tuple(found)
         return tuple(None if place is None else found[place] for place in self._places)
 
 
-def _way(called: _Called | None, found: Tensors) -> _Way | None:
+def _way(called: _Called | None, found: Tensors, written: list[int]) -> _Way | None:
     """The way of a call that went through dynamo; None where its answer is not just what the code gave."""
     if called is None or called.inputs is None:
         return None
     places = [index for index, value in enumerate(found) if value is not None]
-    same = len(places) == len(called.outputs) and all(
-        found[i] is out for i, out in zip(places, called.outputs, strict=True)
-    )
-    return _Way(called, places, len(found)) if same else None
+    if len(places) != len(called.outputs):
+        return None
+    same = all(found[i] is out for i, out in zip(places, called.outputs, strict=True))
+    return _Way(called, places, len(found), written) if same else None
 
 
 def _compiled(
