@@ -88,21 +88,21 @@ class Generated:
         # The sizes of a Parameter would be constants to dynamo, and whether there is a gradient a guard.
         given = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
         if not self.failed:
+            key = tuple(map(_known_by, given))
             try:
-                known = self._known.get(tuple(map(_known_by, given)))
+                known = self._known.get(key)
                 if known is not None:
                     with contextlib.suppress(AssertionError):
                         return known(given)
-                return self._learn(given)
+                return self._learn(key, given)
             except Exception as error:  # whatever a compiler raises, before anything was computed
                 self._give_up(error)
         with torch.no_grad():
             return self._eager(*given)
 
     @torch.no_grad()
-    def _learn(self, given: Sequence[Tensor | None]) -> Tensors:
+    def _learn(self, key: Any, given: Sequence[Tensor | None]) -> Tensors:
         """Call by way of dynamo, and remember what it called if the answer is just what that gave."""
-        key = tuple(map(_known_by, given))
         versions = [None if x is None else x._version for x in given]
         self._backend.called = None
         found = self._compiled(*given)

@@ -23,7 +23,6 @@ from qbench.numerics.scalars import (
     maximum,
     minimum,
     nan_to_zero,
-    of_numbers,
     rint,
     to_float,
     to_int32,
@@ -250,7 +249,6 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QSpec) -> QParams:
     return QParams(*grid_of(low, high, spec), spec.qmin, spec.qmax, spec.axis, spec.group_size)
 
 
-@of_numbers
 def grid_of(low: Number, high: Number, spec: QSpec) -> tuple[Number, Number]:
     """`choose_qparams`, of tensors or of numbers (where scales are no powers of two): scale and zero point."""
     low, high = to_float(low), to_float(high)
