@@ -339,6 +339,15 @@ def standing_for(configured: _T, *key: Any) -> _T:
     return found
 
 
+def once(x: Tensor) -> Tensor:
+    """`x`, which generated code keeps in memory: it would compute it again wherever it is used, for each value there.
+
+    For what is small and follows from sums, such as a factor for each channel: dividing in float64 for every value
+    takes three times as long as all the rest of a loop over an activation.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
 def fma(x: Tensor, factor: Tensor, constant: Tensor) -> Tensor:
     """`x·factor + constant`, rounded once: `addcmul`, which generated code for CPUs would round twice."""
     if torch.compiler.is_compiling() and x.device.type == "cpu":

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from qbench.numerics.blocks import from_memory_order, in_memory_order
 from qbench.numerics.fused import Statistics
-from qbench.numerics.generated import BothWays, Tensors, fma, generated
+from qbench.numerics.generated import BothWays, Tensors, fma, generated, once
 from qbench.numerics.generated_rounding import Learned, Rounding
 
 
@@ -97,8 +97,7 @@ class Code(BothWays):
 def generated_code(last: bool, momentum: float, eps: float, *rounding: Any) -> Code:
     """Both directions of a plan; `rounding` is what `Rounding` is made of."""
     plan = Plan(last, momentum, eps, Rounding(*rounding))
-    fixed = dataclasses.replace(plan, rounding=dataclasses.replace(plan.rounding, gradient="none"))
-    return Code(generated(forward, _forward_sample, fixed), generated(backward, _backward_sample, plan), plan)
+    return Code(generated(forward, _forward_sample, plan), generated(backward, _backward_sample, plan), plan)
 
 
 def normalize_clip_quantize(
@@ -144,7 +143,8 @@ class _Generated(torch.autograd.Function):
         out = torch.empty_like(y)
         found = code.forward(code.plan.in_rows(out), code.plan.in_rows(y), gamma, beta, error, *kept)
         ctx.code = code
-        ctx.save_for_backward(y, gamma, beta, error, *found)
+        grid = (moved.scale, moved.zero_point) if code.plan.rounding.gradient != "none" else ()
+        ctx.save_for_backward(y, *found, *grid)
         return out
 
     @staticmethod
@@ -181,7 +181,7 @@ def forward(
     zero_point: Tensor,
     *rest: Any,
 ) -> Tensors:
-    """The batch's μ and 1/sqrt(σ² + ε), (channels,), and s and z, ().
+    """The batch's μ and 1/sqrt(σ² + ε), `α` and `β'`, (channels,), and between which `v` gradients pass, () and ().
 
     Args:
         out: Like `y`: becomes the output.
@@ -198,67 +198,51 @@ def forward(
     """
     *state, plan = rest
     axis, count = plan.rows(y), plan.count(y)
-    centre = y[0].mean(axis - 1)
+    centre = once(y[0].mean(axis - 1))
     shifted = y - plan.wide(centre)
     first, second = shifted.sum(axis), (shifted * shifted).sum(axis)
     lowest, highest = y.amin(axis).amin(0), y.amax(axis).amax(0)
     offset = first.double().sum(0) / count
-    variance = (second.double().sum(0) / count - offset * offset).clamp(min=0.0)
-    mean = (centre.double() + offset).float()
-    inverse = (1.0 / torch.sqrt(variance + plan.eps)).float()
+    variance = once((second.double().sum(0) / count - offset * offset).clamp(min=0.0))
+    mean = once((centre.double() + offset).float())
+    inverse = once((1.0 / torch.sqrt(variance + plan.eps)).float())
     _move(running_mean, mean, silenced, plan.momentum)
     # A batch of one value per channel is refused before.
     _move(running_var, (variance * (count / (count - 1))).float(), silenced, plan.momentum)
 
-    factor, constant = _affine(gamma, _sum(beta, error), mean, inverse)
+    factor = once(inverse if gamma is None else inverse * gamma)
+    shift = _sum(beta, error)
+    constant = once(fma(-mean, factor, torch.zeros_like(mean) if shift is None else shift))
     ends = fma(lowest, factor, constant), fma(highest, factor, constant)
     rounding: Rounding = plan.rounding
     low, high = rounding.clip(torch.minimum(*ends)).amin(), rounding.clip(torch.maximum(*ends)).amax()
     grid = rounding.move(low, high, scale, zero_point, state)
     out.copy_(rounding.round(fma(y, plan.wide(factor), plan.wide(constant)), *grid))
-    return mean, inverse, *grid
+    return mean, inverse, factor, constant, *rounding.passing(*grid)
 
 
-def backward(
-    grad: Tensor,
-    y: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    error: Tensor | None,
-    mean: Tensor,
-    inverse: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    plan: Plan,
-) -> Tensors:
+def backward(grad: Tensor, y: Tensor, *rest: Any) -> Tensors:
     """Gradients to `y`, like `y`, and to γ and β, (channels,); and to `s` and `z`, (), where they learn.
 
     Args:
         grad: Like `y`.
         y: As in `forward`.
-        gamma: As in `forward`.
-        beta: As in `forward`.
-        error: As in `forward`.
-        mean: From `forward`.
-        inverse: From `forward`.
-        scale: From `forward`.
-        zero_point: From `forward`.
-        plan: That of `forward`.
+        rest: What `forward` answers with; the grid, `s` and `z`, where they learn; then the plan.
     """
+    mean, inverse, factor, constant, above, below, *grid, plan = rest
     axis, count = plan.rows(y), plan.count(y)
-    factor, constant = _affine(gamma, _sum(beta, error), mean, inverse)
     value = fma(y, plan.wide(factor), plan.wide(constant))
-    kept = torch.where(plan.rounding.passes(value, scale, zero_point), grad, 0.0)
+    kept = plan.rounding.passed(grad, value, above, below)
     centred = y - plan.wide(mean)
     total = kept.sum(axis).double().sum(0)
     along = (kept * centred).sum(axis).double().sum(0) * inverse
-    shift, slope = (total / count).float(), (along / count * inverse).float()
+    shift, slope = once((total / count).float()), once((along / count * inverse).float())
     grad_y = (kept - plan.wide(shift) - centred * plan.wide(slope)) * plan.wide(factor)
     if plan.rounding.gradient == "none":
         return grad_y, along.float(), total.float()
-    to_scale, to_zero = plan.rounding.to_grid(grad, value, scale, zero_point)
+    to_scale, to_zero = plan.rounding.to_grid(grad, value, *grid)
     grad_scale, outside = to_scale.sum(axis).double().sum(), to_zero.sum(axis).double().sum()
-    return grad_y, along.float(), total.float(), grad_scale.float(), -scale * outside.float()
+    return grad_y, along.float(), total.float(), grad_scale.float(), -grid[0] * outside.float()
 
 
 def _forward_sample(plan: Plan) -> list[Tensor | None]:
@@ -276,14 +260,15 @@ def _forward_sample(plan: Plan) -> list[Tensor | None]:
 def _backward_sample(plan: Plan) -> list[Tensor | None]:
     """The same for `backward`."""
     given = _forward_sample(plan)
-    _, y, gamma, beta, error, *_ = given
+    y = given[1]
     found = forward(*given, plan)  # type: ignore[arg-type]
+    grid = given[8:10] if plan.rounding.gradient != "none" else []
     assert y is not None
     grad = torch.randint(-5, 6, y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     if plan.rounding.gradient != "none":  # what goes to the grid is not whole: one value of each row, then
         row = plan.rows(y)
         grad = grad * (torch.arange(y.shape[row], device=y.device).view(-1, *[1] * (2 - row)) == 7)
-    return [grad, y, gamma, beta, error, *found]
+    return [grad, y, *found, *grid]
 
 
 def _move(running: Tensor, batch: Tensor, silenced: Tensor | None, momentum: float) -> None:
@@ -296,8 +281,3 @@ def _sum(beta: Tensor | None, error: Tensor | None) -> Tensor | None:
         return error if beta is None else beta
     return beta + error
 
-
-def _affine(gamma: Tensor | None, shift: Tensor | None, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """`α` and `β'`."""
-    factor = inverse if gamma is None else inverse * gamma
-    return factor, fma(-mean, factor, torch.zeros_like(mean) if shift is None else shift)

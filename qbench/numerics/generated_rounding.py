@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qbench.numerics.blocks import dense, in_rows
-from qbench.numerics.generated import BothWays, Generated, Tensors, generated
+from qbench.numerics.generated import BothWays, Generated, Tensors, generated, once
+from qbench.numerics.interval import first_beyond
 from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
 from qbench.numerics.straight_through import GridGradient
 
@@ -65,37 +66,43 @@ class Rounding:
             found = choose_qparams(low, high, self.spec)
             scale.copy_(found.scale)
             zero_point.copy_(found.zero_point)
+            return once(found.scale), once(found.zero_point)
         return scale.clone(), zero_point.clone()
 
     def round(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """The values of `clip(v)` on the grid."""
-        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
-        return (self.clip(v) * (1.0 / scale)).round().maximum(least).minimum(most) * scale
+        """The values of `clip(v)` on the grid; both clamps are one, see `qbench.numerics.interval`."""
+        first, last = (steps * scale for steps in self._steps(zero_point))
+        low = first if self.low == -math.inf else first.clamp(min=self.low).minimum(last)
+        high = last if self.high == math.inf else last.clamp(max=self.high).maximum(first)
+        inverse = once(1.0 / scale)
+        return (v.maximum(once(low)).minimum(once(high)) * inverse).round() * scale
 
-    def passes(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Bool: where neither the activation nor the grid cuts, so that the gradient passes."""
-        inside = self._inside(v, scale, zero_point)
-        if self.low > -math.inf:
-            inside = inside & (v > self.low)
-        if self.high < math.inf:
-            inside = inside & (v < self.high)
-        return inside
+    def passing(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Where neither the activation nor the grid cuts: above the first number and below the second."""
+        least, most = self._steps(zero_point)
+        beyond = first_beyond if self.gradient != "bounds" else _beyond_bound
+        above, below = -beyond(-least, scale), beyond(most, scale)
+        above = above if self.low == -math.inf else above.clamp(min=self.low)
+        return once(above), once(below if self.high == math.inf else below.clamp(max=self.high))
 
-    def _inside(self, a: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
-        if self.gradient == "bounds":
-            return (a >= least * scale) & (a <= most * scale)
-        steps = (a * (1.0 / scale)).round()
-        return (steps >= least) & (steps <= most)
+    def passed(self, grad: Tensor, v: Tensor, above: Tensor, below: Tensor) -> Tensor:
+        """`grad` where it passes, between the ends of `passing`, else 0; like `v`."""
+        # Two choices: in code for CPUs, an `and` of two conditions goes through integers.
+        return torch.where(v > above, torch.where(v < below, grad, 0.0), 0.0)
+
+    def _steps(self, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        return steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
 
     def to_grid(self, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         """What each value hands to `s`, and to `−z·s`; like `v`."""
-        least, most = steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
+        least, most = (once(steps) for steps in self._steps(zero_point))
         a = self.clip(v)
-        inside = self._inside(a, scale, zero_point)
-        position = a * (1.0 / scale)
+        position = a * once(1.0 / scale)
         steps = position.round()
-        within = torch.zeros_like(a) if self.gradient == "bounds" else steps - position
+        if self.gradient == "bounds":
+            inside, within = (a >= once(least * scale)) & (a <= once(most * scale)), torch.zeros_like(a)
+        else:
+            inside, within = (steps >= least) & (steps <= most), steps - position
         return grad * torch.where(inside, within, steps.maximum(least).minimum(most)), torch.where(inside, 0.0, grad)
 
     def sample(self) -> list[Tensor]:
@@ -192,6 +199,11 @@ class _GeneratedLearned(torch.autograd.Function):
         return result if wanted[0] else None, *given, None, None
 
 
+def _beyond_bound(steps: Tensor, scale: Tensor) -> Tensor:
+    """The smallest float32 above `steps·s`, which is not negative."""
+    return (steps * scale + 0.0).view(torch.int32).add(1).view(torch.float32)  # −0.0 + 0.0 is +0.0
+
+
 def _round(out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensors:
     """`out`, (rows, values), becomes `v` on the grid."""
     out.copy_(rounding.round(v, scale, zero_point))
@@ -202,7 +214,7 @@ def _round_backward(
     result: Tensor, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding
 ) -> Tensors:
     """Gradients to `s` and `z`, of their shape; `result`, (rows, values), becomes that to `v`."""
-    result.copy_(torch.where(rounding.passes(v, scale, zero_point), grad, 0.0))
+    result.copy_(rounding.passed(grad, v, *rounding.passing(scale, zero_point)))
     to_scale, to_zero = rounding.to_grid(grad, v, scale, zero_point)
     if rounding.spec.axis is None:
         grad_scale, outside = (values.sum(1).double().sum().float() for values in (to_scale, to_zero))
@@ -235,7 +247,7 @@ def _clip(v: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensors:
     clipped = rounding.clip(v)
     grid = rounding.move(clipped.amin(), clipped.amax(), scale, zero_point, state)
     # A bool that is converted or stored makes Inductor's loop scalar on CPUs, ten times slower; a choice of floats not.
-    mask = torch.where(rounding.passes(v, *grid), 1.0, 0.0).to(torch.int8)
+    mask = rounding.passed(torch.ones_like(v), v, *rounding.passing(*grid)).to(torch.int8)
     v.copy_(rounding.round(v, *grid))
     return (mask,)
 

@@ -24,6 +24,9 @@ from qbench.numerics.qparams import QParams, QSpec
 # Steps up to here are exact in float32 with room to spare for the rounding of L·s and of its product with 1/s.
 _WIDEST = 1 << 20
 
+# How many floats `first_beyond` looks at on either side, and the bits of infinity.
+_REACH, _INFINITY = 4, 0x7F800000
+
 _FLOAT, _INTEGER = struct.Struct("f"), struct.Struct("i")
 
 
@@ -114,6 +117,23 @@ def passed(grad: Tensor, v: Tensor, above: float, below: float, out: Tensor) -> 
     """`grad` where `above < v < below`, else 0, written to `out`: the one op that masks in one pass."""
     found: Tensor = torch.ops.aten.hardtanh_backward(grad, v, above, below, grad_input=out)
     return found
+
+
+def first_beyond(steps: Tensor, scale: Tensor) -> Tensor:
+    """The smallest float32 `v` with `g(v) > steps`, of the shape of `scale`; infinity where there is none.
+
+    Args:
+        steps: `H`, float32, 0 or more, whole.
+        scale: `s`, float32, positive.
+    """
+    inverse = 1.0 / scale
+    # Of positive floats, the integers that have their bits are in their order, and neighbours are neighbours.
+    bits = ((steps + 0.5) * scale).view(torch.int32) - _REACH
+    found = bits
+    for offset in range(2 * _REACH):
+        tried = (bits + offset).clamp(max=_INFINITY).view(torch.float32)
+        found = found + ((tried * inverse).round() <= steps).to(torch.int32)
+    return found.clamp(max=_INFINITY).view(torch.float32)
 
 
 def _float32(x: float) -> float:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qbench.numerics.interval import interval_of, is_served
-from qbench.numerics.qparams import SMALLEST_SCALE, QParams, fake_quantize, inside_range
+from qbench.numerics.interval import first_beyond, interval_of, is_served
+from qbench.numerics.qparams import SMALLEST_SCALE, QParams, fake_quantize, inside_range, steps_from_zero
 
 CODES = {"uint8": (0, 255), "int8": (-128, 127), "narrow": (-127, 127), "uint4": (0, 15), "int16": (-32768, 32767)}
 
@@ -72,3 +72,11 @@ def test_which_grids_are_served() -> None:
     assert is_served(QParams(torch.tensor(1.0), zero, -32768, 32767))
     assert not is_served(QParams(torch.tensor(1.0), zero, -(2**31), 2**31 - 1))
     assert not is_served(QParams(torch.ones(3), zero.expand(3), 0, 255, axis=0))
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_ends_from_tensors_are_those_from_numbers(codes: str) -> None:
+    for qparams in grids(codes):
+        least, most = steps_from_zero(qparams.zero_point, qparams.qmin, qparams.qmax)
+        ends = -first_beyond(-least, qparams.scale), first_beyond(most, qparams.scale)
+        assert tuple(map(float, ends)) == interval_of(qparams).passing(), qparams
