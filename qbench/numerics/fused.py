@@ -68,9 +68,27 @@ class Chain:
     watch: Callable[[Tensor, Ends | None], QParams | Numbers]
 
 
+#: Gradients to y, γ, β, e, s and z, given that of the output, y, what was saved, and which are needed; None for others.
+Backward = Callable[[Tensor, Tensor, "tuple[Tensor, ...]", "tuple[bool, ...]"], "tuple[Tensor | None, ...]"]
+
+
+class Followed(NamedTuple):
+    """What follows a linear part, without autograd: it may be a part of a larger function.
+
+    Attributes:
+        out: The output.
+        saved: What its backward needs beside `y`.
+        backward: See `Backward`.
+    """
+
+    out: Tensor
+    saved: tuple[Tensor | None, ...]
+    backward: Backward
+
+
 def normalize_clip_quantize(
     y: Tensor, gamma: Tensor | None, shift: Tensor | None, statistics: Statistics, chain: Chain
-) -> Tensor:
+) -> Followed:
     """The function above: float32 on a CPU, not compiled.
 
     Args:
@@ -80,8 +98,31 @@ def normalize_clip_quantize(
         statistics: What BatchNorm updates.
         chain: What follows it.
     """
-    out: Tensor = _NormalizeClipQuantize.apply(y, gamma, shift, statistics, chain)
-    return out
+    out, mean, inverse = _batch_norm(y, gamma, shift, statistics)
+    interval = _observed(out, chain)
+    interval.quantize(out, out)
+    saved = gamma, mean, inverse, *_affine(y, gamma, shift, mean, inverse)
+    return Followed(out, saved, functools.partial(_backward, interval=interval, eps=statistics.eps))
+
+
+def _backward(
+    grad: Tensor,
+    y: Tensor,
+    saved: tuple[Tensor, ...],
+    wanted: tuple[bool, ...],
+    *,
+    interval: Interval,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    gamma, mean, inverse, factor, constant = saved
+    above, below = interval.passing()
+    inside, room = torch.empty_like(y), Scratch()
+    for source, given, target in in_blocks(y, grad, inside):
+        passed(given, torch.addcmul(constant, source, factor, out=room.like(source)), above, below, out=target)
+    asked = [True, wanted[1], wanted[2] or wanted[3]]
+    found = aten.native_batch_norm_backward(inside, y, gamma, None, None, mean, inverse, True, eps, asked)
+    grad_y, grad_gamma, grad_shift = found
+    return grad_y, grad_gamma if wanted[1] else None, *(grad_shift if one else None for one in wanted[2:4]), None, None
 
 
 def clip_quantize(v: Tensor, chain: Chain) -> Tensor:
@@ -95,32 +136,6 @@ def clip_quantize(v: Tensor, chain: Chain) -> Tensor:
     """
     out: Tensor = _ClipQuantize.apply(v, chain)
     return out
-
-
-class _NormalizeClipQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, gamma: Tensor | None, shift: Tensor | None, statistics: Statistics, chain: Chain
-    ) -> Tensor:
-        out, mean, inverse = _batch_norm(y, gamma, shift, statistics)
-        interval = _observed(out, chain)
-        interval.quantize(out, out)
-        ctx.interval, ctx.eps = interval, statistics.eps
-        ctx.save_for_backward(y, gamma, shift, mean, inverse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        y, gamma, shift, mean, inverse = ctx.saved_tensors
-        above, below = ctx.interval.passing()
-        factor, constant = _affine(y, gamma, shift, mean, inverse)
-        inside, room = torch.empty_like(y), Scratch()
-        for source, given, target in in_blocks(y, grads[0], inside):
-            passed(given, torch.addcmul(constant, source, factor, out=room.like(source)), above, below, out=target)
-        wanted = [ctx.needs_input_grad[0], gamma is not None, shift is not None]
-        found = aten.native_batch_norm_backward(inside, y, gamma, None, None, mean, inverse, True, ctx.eps, wanted)
-        return (*found, None, None)
 
 
 class _ClipQuantize(torch.autograd.Function):

@@ -85,20 +85,23 @@ class Generated:
 
     def __call__(self, *tensors: Tensor | None) -> Tensors:
         """The function's answer, without gradients; from the eager function where compiling for the arguments fails."""
-        # The sizes of a Parameter would be constants to dynamo, and whether there is a gradient a guard.
-        given = [x.detach() if x is not None and x.requires_grad else x for x in tensors]
         if not self.failed:
-            key = tuple(map(_known_by, given))
+            # What tells code from code: of one axis, which is as long as the others say, its length does not. Where it
+            # is of another length all the same, the code finds that out before it computes anything.
+            key = tuple(
+                [x if x is None else x.dtype if x.ndim < 2 else (x.shape, x.stride(), x.dtype) for x in tensors]
+            )
             try:
                 known = self._known.get(key)
                 if known is not None:
                     with contextlib.suppress(AssertionError):
-                        return known(given)
-                return self._learn(key, given)
+                        return known(tensors)
+                # The sizes of a Parameter would be constants to dynamo, and whether there is a gradient a guard.
+                return self._learn(key, [x if x is None else x.detach() for x in tensors])
             except Exception as error:  # whatever a compiler raises, before anything was computed
                 self._give_up(error)
         with torch.no_grad():
-            return self._eager(*given)
+            return self._eager(*tensors)
 
     @torch.no_grad()
     def _learn(self, key: Any, given: Sequence[Tensor | None]) -> Tensors:
@@ -243,16 +246,6 @@ def _inputs_of(module: torch.fx.GraphModule) -> tuple[tuple[int, int | None], ..
                 return None
             found.append((int(match[1]), None if match[2] is None else int(match[2])))
     return tuple(found)
-
-
-def _known_by(x: Tensor | None) -> Any:
-    """What of an argument tells code from code: of one axis, which is as long as the others say, its length does not.
-
-    Where it is of another length all the same, the code finds that out before it computes anything.
-    """
-    if x is None:
-        return None
-    return x.dtype if x.ndim < 2 and x.is_contiguous() else (x.shape, x.stride(), x.dtype)
 
 
 class _Way:

@@ -26,12 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qbench.numerics.blocks import from_memory_order, in_memory_order
-from qbench.numerics.fused import Statistics
+from qbench.numerics.fused import Followed, Statistics
 from qbench.numerics.generated import BothWays, Tensors, fma, generated, once
-from qbench.numerics.generated_rounding import Learned, Rounding
+from qbench.numerics.generated_rounding import Rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +100,8 @@ def generated_code(last: bool, momentum: float, eps: float, *rounding: Any) -> C
 
 
 def normalize_clip_quantize(
-    y: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    error: Tensor | None,
-    moved: Moved,
-    code: Code,
-    learned: Learned = (None, None),
-) -> Tensor:
+    y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, moved: Moved, code: Code
+) -> Followed:
     """`fused.normalize_clip_quantize` by generated code.
 
     Args:
@@ -118,54 +111,27 @@ def normalize_clip_quantize(
         error: `e`, (channels,), or None for zeros.
         moved: What is written to.
         code: For the plan with `channels_are_last(y)`.
-        learned: `s` and `z`, float32, (), where they carry a gradient; the values are those in `moved`.
     """
-    out: Tensor = _Generated.apply(y, gamma, beta, error, *learned, moved, code)
-    return out
+    to = moved.statistics
+    kept = moved.silenced, to.running_mean, to.running_var, moved.scale, moved.zero_point, *moved.state
+    # Made here, and not by the code: a view of what that made could not be written to by what comes next.
+    out = torch.empty_like(y)
+    found = code.forward(code.plan.in_rows(out), code.plan.in_rows(y), gamma, beta, error, *kept)
+    grid = (moved.scale, moved.zero_point) if code.plan.rounding.gradient != "none" else ()
+    return Followed(out, (*found, *grid), functools.partial(_backward, code=code))
 
 
-class _Generated(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        error: Tensor | None,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-        moved: Moved,
-        code: Code,
-    ) -> Tensor:
-        to = moved.statistics
-        kept = moved.silenced, to.running_mean, to.running_var, moved.scale, moved.zero_point, *moved.state
-        # Made here, and not by the code: a view of what that made could not be written to by what comes next.
-        out = torch.empty_like(y)
-        found = code.forward(code.plan.in_rows(out), code.plan.in_rows(y), gamma, beta, error, *kept)
-        ctx.code = code
-        grid = (moved.scale, moved.zero_point) if code.plan.rounding.gradient != "none" else ()
-        ctx.save_for_backward(y, *found, *grid)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        y, *saved = ctx.saved_tensors
-        code: Code = ctx.code
-        plan = code.plan
-        found = code.backward(plan.in_rows(grads[0]), plan.in_rows(y), *saved)
-        grad_y, grad_gamma, grad_beta, *grad_grid = found
-        assert grad_y is not None
-        wanted = ctx.needs_input_grad
-        return (
-            from_memory_order(grad_y, y, plan.last) if wanted[0] else None,
-            grad_gamma if wanted[1] else None,
-            grad_beta if wanted[2] else None,
-            grad_beta if wanted[3] else None,  # of e, which is added to β
-            *(value if needed else None for value, needed in zip(grad_grid or (None, None), wanted[4:6], strict=True)),
-            None,
-            None,
-        )
+def _backward(
+    grad: Tensor, y: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], *, code: Code
+) -> tuple[Tensor | None, ...]:
+    plan = code.plan
+    found = code.backward(plan.in_rows(grad), plan.in_rows(y), *saved)
+    grad_y, grad_gamma, grad_beta, *grad_grid = found
+    assert grad_y is not None
+    # The gradient to e, which is added to β, is that to β.
+    others = grad_gamma, grad_beta, grad_beta, *(grad_grid or (None, None))
+    needed = (value if asked else None for value, asked in zip(others, wanted[1:], strict=True))
+    return from_memory_order(grad_y, y, plan.last), *needed
 
 
 def forward(
@@ -203,9 +169,9 @@ def forward(
     first, second = shifted.sum(axis), (shifted * shifted).sum(axis)
     lowest, highest = y.amin(axis).amin(0), y.amax(axis).amax(0)
     offset = first.double().sum(0) / count
-    variance = once((second.double().sum(0) / count - offset * offset).clamp(min=0.0))
-    mean = once((centre.double() + offset).float())
-    inverse = once((1.0 / torch.sqrt(variance + plan.eps)).float())
+    variance = (second.double().sum(0) / count - offset * offset).clamp(min=0.0)
+    mean = (centre.double() + offset).float()
+    inverse = (1.0 / torch.sqrt(variance + plan.eps)).float()
     _move(running_mean, mean, silenced, plan.momentum)
     # A batch of one value per channel is refused before.
     _move(running_var, (variance * (count / (count - 1))).float(), silenced, plan.momentum)

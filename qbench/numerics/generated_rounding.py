@@ -22,11 +22,9 @@ from torch.autograd.function import once_differentiable
 from qbench.numerics.blocks import dense, in_rows
 from qbench.numerics.generated import BothWays, Generated, Tensors, generated, once
 from qbench.numerics.interval import first_beyond
+from qbench.numerics.layer_step import Learned
 from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
 from qbench.numerics.straight_through import GridGradient
-
-#: `s` and `z` where they are learned, with their gradient; else None.
-Learned = tuple[Tensor | None, Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +162,7 @@ def round_learned(v: Tensor, grid: tuple[Tensor, Tensor], learned: Learned, code
     Args:
         v: float32, (rows, …), without gaps in memory; nobody writes to it any more.
         grid: `s`, float32, and `z`, int32, (), or where the spec has an axis (rows, 1) for `v` of (rows, values).
-        learned: As of `normalize_clip_quantize`, of the shape of the grid.
+        learned: As of `layer_step`, of the shape of the grid.
         code: Of `learned_code`.
     """
     out: Tensor = _GeneratedLearned.apply(v, *learned, grid, code)

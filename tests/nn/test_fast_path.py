@@ -24,6 +24,7 @@ from qbench.numerics import generated_epilogue, generated_rounding
 from qbench.numerics.fused import Statistics
 from qbench.numerics.generated import Generated
 from qbench.numerics.generated_epilogue import Moved, generated_code, normalize_clip_quantize
+from qbench.numerics.layer_step import normalized
 from qbench.numerics.qparams import QSpec, fake_quantize, inside_range
 from qbench.observers import MovingAverageMinMaxObserver
 
@@ -111,7 +112,8 @@ def test_codes_and_masks_are_those_of_the_steps_for_the_same_statistics(memory_f
             quantizer.zero_point,
             quantizer.observer.state(),
         )
-        out = normalize_clip_quantize(y, gamma, beta, error, moved, code)
+        follow = functools.partial(normalize_clip_quantize, moved=moved, code=code)
+        out = normalized(y, gamma, beta, error, None, lambda *given, follow=follow: follow(*given[:4]))
         mean, inverse = out.grad_fn.saved_tensors[1:3]  # type: ignore[union-attr]
         given = torch.randn(shape, generator=generator)
         out.backward(given)
@@ -159,7 +161,8 @@ def test_statistics_and_gradients_are_those_of_batch_norm(memory_format: torch.m
     moved = Moved(Statistics(*running, 0.1, 1e-5), None, *grid, ())
     parameters = gamma.clone().requires_grad_(), beta.clone().requires_grad_()
     given = torch.randn(y.shape, generator=generator)
-    out = normalize_clip_quantize(ours, *parameters, None, moved, code)
+    follow = functools.partial(normalize_clip_quantize, moved=moved, code=code)
+    out = normalized(ours, *parameters, None, None, lambda *given: follow(*given[:4]))
     wanted = bn(theirs)
     out.backward(given)
     wanted.backward(given.double())
@@ -412,6 +415,7 @@ def test_the_bias_error_hands_its_gradient_on() -> None:
         parameters = one._training_parameters()
         assert parameters.error is not None
         error = parameters.error.clone().requires_grad_()
+        one.convolution = lambda: None  # parameters and convolution are functions of their own
         one._training_parameters = lambda found=parameters, e=error: found._replace(error=e)
         one(images[0]).square().sum().backward()
         assert one.path == ("generated" if one.fast_path else "fused") and error.grad is not None

@@ -13,6 +13,8 @@ quantizer is one function instead (`qbench.numerics.fused`), with the same value
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +31,9 @@ from qbench.numerics import fused
 from qbench.numerics.blocks import at_hand, channels_are_last, dense
 from qbench.numerics.generated import DEVICES, standing_for
 from qbench.numerics.generated_epilogue import Code, Moved, generated_code, normalize_clip_quantize
-from qbench.numerics.generated_rounding import Learned, clip_code, clip_quantize, learned_code, round_learned
+from qbench.numerics.generated_rounding import clip_code, clip_quantize, learned_code, round_learned
 from qbench.numerics.interval import is_served
+from qbench.numerics.layer_step import Follow, Learned, normalized
 from qbench.observers import Observer
 
 Step = Callable[[Tensor], Tensor]
@@ -58,19 +61,12 @@ def fused_epilogue(
         bounds: Of the activation; None where it is of another form.
         quantizer: Observes, then quantizes with the range that includes this batch.
     """
-    if quantizer is None or bounds is None or not at_hand(y) or not quantizer.rounds_plainly or quantizer.learned:
+    chain = chain_of(bounds, quantizer) if at_hand(y) else None
+    if chain is None:
         return None
-    if not is_served(quantizer.spec):
-        return None
-    chain = fused.Chain(*bounds, quantizer.observer.by_ends, quantizer.watch)
     if bn is None:
         return None if y._is_view() else note_producer(fused.clip_quantize(y, chain), quantizer)
-    if not bn.plain(y) or y.numel() == y.shape[1]:  # one value per channel: PyTorch refuses, in its own words
-        return None
-    with bn.keeping_silenced():
-        bn.holder._check_input_dim(y)
-        out = fused.normalize_clip_quantize(y, bn.holder.weight, bn.shift, bn.count(), chain)
-        return note_producer(out, quantizer)
+    return note_producer(_normalized(y, bn, InBlocks(bn, chain)), quantizer) if _is_plain(bn, y) else None
 
 
 def generated_epilogue(
@@ -87,57 +83,44 @@ def generated_epilogue(
         bounds: As there.
         quantizer: As there.
     """
-    if quantizer is None or bounds is None or not at_hand(y, DEVICES) or not quantizer.rounds_plainly:
+    if quantizer is None or not at_hand(y, DEVICES):
         return None
-    if quantizer.scale.dtype != torch.float32:
+    rounding = rounding_of(bounds, quantizer, y.device.type)
+    if rounding is None:
         return None
     if isinstance(quantizer, LearnedFakeQuantize):
-        out = _on_learned_grid(y, bn, bounds, quantizer)
+        out = _on_learned_grid(y, bn, rounding, quantizer)
     else:
-        out = _on_observed_grid(y, bn, bounds, quantizer)
+        out = _on_observed_grid(y, bn, rounding, quantizer)
     return None if out is None else note_producer(out, quantizer)
 
 
 def _on_observed_grid(
-    y: Tensor, bn: TrainingBatchNorm | None, bounds: tuple[float, float], quantizer: FakeQuantize
+    y: Tensor, bn: TrainingBatchNorm | None, rounding: tuple[Any, ...], quantizer: FakeQuantize
 ) -> Tensor | None:
-    observes = quantizer.training and quantizer.observer_enabled
-    if observes and not quantizer.observer.by_ends:
+    if bn is not None:
+        follow = ByCode(bn, quantizer, rounding)
+        return _normalized(y, bn, follow) if _is_plain(bn, y) and follow.serves(y) else None
+    code = clip_code(*rounding)
+    if y._is_view() or not dense(y).is_contiguous() or not code.ready():
         return None
-    rule = rule_of(quantizer.observer) if observes else None
-    rounding = *bounds, quantizer.spec, rule, y.device.type
-    grid = quantizer.scale, quantizer.zero_point
-    state = quantizer.observer.state() if observes else ()
-    if bn is None:
-        code = clip_code(*rounding)
-        if y._is_view() or not dense(y).is_contiguous() or not code.ready():
-            return None
-        out = clip_quantize(y, *grid, state, code)
-    else:
-        both = _normalizing_code(y, bn, rounding)
-        if both is None:
-            return None
-        out = _normalized(y, bn, Moved(bn.count(), bn.silenced, *grid, state), both)
     quantizer.seen_data = True
-    return out
+    return clip_quantize(y, quantizer.scale, quantizer.zero_point, observed_state(quantizer), code)
 
 
 def _on_learned_grid(
-    y: Tensor, bn: TrainingBatchNorm | None, bounds: tuple[float, float], quantizer: LearnedFakeQuantize
+    y: Tensor, bn: TrainingBatchNorm | None, rounding: tuple[Any, ...], quantizer: LearnedFakeQuantize
 ) -> Tensor | None:
-    rounding = *bounds, quantizer.spec, None, y.device.type, quantizer.grid_gradient
     if bn is None:
         code = learned_code(*rounding)
         if not dense(y).is_contiguous() or not code.ready():
             return None
-        out = round_learned(y, *_learned_grid(y, quantizer), code)
-    else:
-        both = _normalizing_code(y, bn, rounding)
-        if both is None:
-            return None
-        grid, learned = _learned_grid(y, quantizer)
-        out = _normalized(y, bn, Moved(bn.count(), bn.silenced, *grid, ()), both, learned)
-    return quantizer.regularized(out)
+        return quantizer.regularized(round_learned(y, *_learned_grid(y, quantizer), code))
+    follow = ByCode(bn, quantizer, rounding)
+    if not (_is_plain(bn, y) and follow.serves(y)):
+        return None
+    grid, learned = _learned_grid(y, quantizer)
+    return quantizer.regularized(_normalized(y, bn, functools.partial(follow, grid=grid), learned))
 
 
 def _learned_grid(y: Tensor, quantizer: LearnedFakeQuantize) -> tuple[tuple[Tensor, Tensor], Learned]:
@@ -148,20 +131,110 @@ def _learned_grid(y: Tensor, quantizer: LearnedFakeQuantize) -> tuple[tuple[Tens
     return (snapshot.scale.detach(), snapshot.zero_point), (snapshot.scale, quantizer.zero_point_of(snapshot))
 
 
-def _normalizing_code(y: Tensor, bn: TrainingBatchNorm, rounding: tuple[Any, ...]) -> Code | None:
-    """Code for a BatchNorm and what follows it; None where there is none for it."""
-    last = channels_are_last(y)
-    if last is None or y.numel() == y.shape[1] or not bn.plain(y):
-        return None
-    code = generated_code(last, bn.holder.momentum, bn.holder.eps, *rounding)
-    if not code.ready():
-        return None
+def _is_plain(bn: TrainingBatchNorm, y: Tensor) -> bool:
+    """Whether a BatchNorm can be part of a function; one that refuses its input does so here, in its own words."""
+    if y.numel() == y.shape[1] or not bn.plain(y):  # one value a channel: PyTorch refuses that
+        return False
     bn.holder._check_input_dim(y)
-    return code
+    return True
 
 
-def _normalized(y: Tensor, bn: TrainingBatchNorm, moved: Moved, code: Code, learned: Learned = (None, None)) -> Tensor:
-    return normalize_clip_quantize(y, bn.holder.weight, bn.holder.bias, bn.error, moved, code, learned)
+def _normalized(y: Tensor, bn: TrainingBatchNorm, follow: Follow, learned: Learned = (None, None)) -> Tensor:
+    return normalized(y, bn.holder.weight, bn.holder.bias, bn.error, bn.silenced, follow, learned)
+
+
+def chain_of(bounds: tuple[float, float] | None, quantizer: FakeQuantize | None) -> fused.Chain | None:
+    """An activation and a quantizer for the function in blocks; None where they are not for it."""
+    if quantizer is None or bounds is None or not quantizer.rounds_plainly or quantizer.learned:
+        return None
+    return fused.Chain(*bounds, quantizer.observer.by_ends, quantizer.watch) if is_served(quantizer.spec) else None
+
+
+def rounding_of(bounds: tuple[float, float] | None, quantizer: FakeQuantize, device: str) -> tuple[Any, ...] | None:
+    """The same for generated code: what `Rounding` is made of."""
+    if bounds is None or not quantizer.rounds_plainly or not is_served(quantizer.spec):
+        return None
+    if quantizer.scale.dtype != torch.float32:
+        return None
+    if isinstance(quantizer, LearnedFakeQuantize):
+        return *bounds, quantizer.spec, None, device, quantizer.grid_gradient
+    observes = quantizer.training and quantizer.observer_enabled
+    if observes and not quantizer.observer.by_ends:
+        return None
+    return *bounds, quantizer.spec, rule_of(quantizer.observer) if observes else None, device
+
+
+def observed_state(quantizer: FakeQuantize) -> tuple[Tensor, ...]:
+    """What the observer remembers, where it observes."""
+    return quantizer.observer.state() if quantizer.training and quantizer.observer_enabled else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class InBlocks:
+    """What follows a linear part, by PyTorch's operators in blocks: a `Follow`.
+
+    Attributes:
+        bn: The BatchNorm.
+        chain: What follows it.
+    """
+
+    bn: TrainingBatchNorm
+    chain: fused.Chain
+
+    def __call__(
+        self, y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, silenced: Tensor | None
+    ) -> fused.Followed:
+        """See `Follow`."""
+        bn = dataclasses.replace(self.bn, error=error, silenced=silenced)
+        with bn.keeping_silenced():
+            return fused.normalize_clip_quantize(y, gamma, bn.shift, bn.count(), self.chain)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByCode:
+    """The same by generated code.
+
+    Attributes:
+        bn: The BatchNorm.
+        quantizer: What follows it.
+        rounding: Of `rounding_of`.
+        otherwise: What to do where there is no code for a tensor; None where that is asked for before.
+    """
+
+    bn: TrainingBatchNorm
+    quantizer: FakeQuantize
+    rounding: tuple[Any, ...]
+    otherwise: InBlocks | None = None
+
+    def code(self, last: bool) -> Code:
+        """For one of the two orders in memory."""
+        return generated_code(last, self.bn.holder.momentum, self.bn.holder.eps, *self.rounding)
+
+    def serves(self, y: Tensor) -> bool:
+        """Whether there is code for the order in which `y` lies in memory."""
+        last = channels_are_last(y)
+        return last is not None and self.code(last).ready()
+
+    def __call__(
+        self,
+        y: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        error: Tensor | None,
+        silenced: Tensor | None,
+        grid: tuple[Tensor, Tensor] | None = None,
+    ) -> fused.Followed:
+        """See `Follow`; with the grid where that is learned."""
+        if self.otherwise is not None and not self.serves(y):
+            return self.otherwise(y, gamma, beta, error, silenced)
+        quantizer = self.quantizer
+        state = observed_state(quantizer) if grid is None else ()
+        scale, zero_point = (quantizer.scale, quantizer.zero_point) if grid is None else grid
+        moved = Moved(self.bn.count(), silenced, scale, zero_point, state)
+        found = normalize_clip_quantize(y, gamma, beta, error, moved, self.code(bool(channels_are_last(y))))
+        if not quantizer.seen_data:
+            quantizer.seen_data = True
+        return found
 
 
 def rule_of(observer: Observer) -> Observer:

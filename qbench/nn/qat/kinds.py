@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ from qbench.nn.intrinsic.fused import Fused, as_types
 from qbench.nn.qat.body import adopt_state
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics.fold import WeightLayout
+from qbench.numerics.layer_step import Convolution
 from qbench.qconfig import QConfig
 
 
@@ -23,6 +24,14 @@ class ConvKind(QatLayer):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(batch, in, …) -> (batch, out, …)."""
         return self._conv_forward(x, weight, bias)  # type: ignore[operator]
+
+    def convolution(self) -> Convolution | None:
+        """See `QatLayer.convolution`: where it pads with zeros, as many on either side."""
+        layer, kind = cast("Any", self), type(self)
+        own = kind.linear is ConvKind.linear and kind._conv_forward is self.linear_type._conv_forward  # type: ignore[attr-defined]
+        if not own or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return None
+        return Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 class ConvTransposeKind(QatLayer):

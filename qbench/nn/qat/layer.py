@@ -24,9 +24,11 @@ from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
 from qbench.nn.qat.epilogue import bounds_of, epilogue
-from qbench.nn.qat.parameters import Folding, TrainingParameters, bias_error, generated_parameters
+from qbench.nn.qat.parameters import Folding, generated_parameters, parameter_code, training_parameters
+from qbench.nn.qat.step import training_step
 from qbench.numerics.blocks import at_hand
 from qbench.numerics.fold import BatchNormTensors, WeightLayout
+from qbench.numerics.layer_step import Convolution, TrainingParameters
 from qbench.numerics.qparams import QParams, in_groups
 from qbench.numerics.saved_codes import SavingCodes, say_once
 from qbench.numerics.weights import WeightGrid
@@ -168,8 +170,12 @@ class QatLayer(QatModule):
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         """Input on its grid -> output on its grid."""
+        if self.training and not args:
+            found = training_step(self, input)
+            if found is not None:
+                return found
         (x,) = self.quantized_inputs((input,))
-        if self._uses_batch_statistics():
+        if self.uses_batch_statistics():
             return self._train_forward(x, *args)
         return self._epilogue(self.folded_output(x, *args))
 
@@ -209,17 +215,14 @@ class QatLayer(QatModule):
         return self._epilogue(y, bn)
 
     def _training_parameters(self) -> TrainingParameters:
-        bn = self._bn_tensors()
-        if self.fast_path and bn is not None:
-            given = self.linear_weight, self.linear_bias, bn, self._input_scale()
-            found = generated_parameters(self._folding(), *given)
-            if found is not None:
-                return found
-        grid, bias, scale = self.quantized_parameters(detach=True)
-        weight = grid.unfolded() if self.weight_quantizer.fake_quant_enabled else grid.weight
-        silenced = None if grid.effect is None else grid.effect.silenced
-        error = bias_error(self._folding(), bias, scale)
-        return TrainingParameters(weight.to(grid.weight.dtype), grid.unfolded_qparams(), error, silenced)
+        folding, bn, input_scale = self.folding(), self._bn_tensors(), self._input_scale()
+        if self.fast_path and bn is not None and not (input_scale is not None and input_scale.requires_grad):
+            code = parameter_code(folding, self.linear_weight, bn.eps)
+            if code is not None:
+                return generated_parameters(folding, self.linear_weight, self.linear_bias, bn, input_scale, code)
+        # The bias error hands no gradient to BatchNorm and bias.
+        bias = None if self.linear_bias is None else self.linear_bias.detach()
+        return training_parameters(folding, self.linear_weight, bias, bn and _detached(bn), input_scale)
 
     def _epilogue(self, y: Tensor, bn: TrainingBatchNorm | None = None) -> Tensor:
         fused = self._fused_epilogue(y, bn)
@@ -235,28 +238,27 @@ class QatLayer(QatModule):
         before = self.one_function(y, bn, bounds_of(None), self.pre_activation_quantizer)
         return None if before is None else epilogue(before, self.activation_module, self.output_quantizer)
 
-    def _uses_batch_statistics(self) -> bool:
+    def uses_batch_statistics(self) -> bool:
+        """Whether BatchNorm normalises with the batch's statistics."""
         return self.training and self.learns_statistics and not self.bn_frozen
 
     # Parameters.
 
-    def quantized_parameters(self, *, detach: bool = False) -> tuple[WeightGrid, Tensor, Tensor | None]:
+    def quantized_parameters(self) -> tuple[WeightGrid, Tensor, Tensor | None]:
         """Grid of the folded weight, folded bias `b_f` (out,), and the bias scale.
 
         The scale is None where there is none: the input or the weight is in float.
-
-        Args:
-            detach: Cut the gradient to the BatchNorm and the bias (for the bias error in training).
         """
-        bn = self._bn_tensors()
-        bias = self.linear_bias
-        if detach:
-            bn = None if bn is None else _detached(bn)
-            bias = None if bias is None else bias.detach()
-        return self._folding().parameters(self.linear_weight, bias, bn, self._input_scale())
+        given = self.linear_weight, self.linear_bias, self._bn_tensors(), self._input_scale()
+        return self.folding().parameters(*given)
 
-    def _folding(self) -> Folding:
+    def folding(self) -> Folding:
+        """How it folds and quantizes its parameters."""
         return Folding(self.layout(), self.weight_quantizer, self.bias_quantizer, self.fast_path and self.training)
+
+    def convolution(self) -> Convolution | None:
+        """The linear part as a convolution with its gradients; None where it is none."""
+        return None
 
     def _input_scale(self) -> Tensor | None:
         source = self._sources[0] if self._sources else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.fake_quantize.base import is_hooked
 from qbench.numerics.blocks import at_hand, channels_are_last, from_memory_order, in_memory_order
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
-from qbench.numerics.generated import DEVICES, Tensors, generated, standing_for
+from qbench.numerics.generated import DEVICES, Generated, Tensors, generated, standing_for
 from qbench.numerics.generated_rounding import learned_code, round_learned
+from qbench.numerics.layer_step import TrainingParameters
 from qbench.numerics.qparams import QParams
 from qbench.numerics.straight_through import straight_through
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
@@ -42,6 +43,14 @@ class Folding:
     weight_quantizer: FakeQuantize
     bias_quantizer: BiasQuantizer | None
     fast_path: bool = False
+
+    @property
+    def straight(self) -> bool:
+        """Whether the gradient to `W` is the one to `Ŵ/k`: ranges a channel of the weight at hand, which clip nothing."""
+        quantizer = self.weight_quantizer
+        plain = type(quantizer) is FakeQuantize and quantizer.fake_quant_enabled and quantizer.stateless
+        per_channel = quantizer.spec.axis == self.layout.axis and quantizer.spec.group_size is None
+        return plain and per_channel and quantizer.scales_with_tensor and not quantizer.clips
 
     def parameters(
         self, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors | None, input_scale: Tensor | None
@@ -88,55 +97,100 @@ class Folding:
         return self.weight_quantizer.fake_quantize(weight, grid) if found is None else found
 
 
-class TrainingParameters(NamedTuple):
-    """What a layer computes with where BatchNorm normalises with the batch's statistics.
-
-    Attributes:
-        weight: `Ŵ/k`, with the gradient to `W`.
-        qparams: Its grid, or None where it lies on none.
-        error: `e`, (out,), with the gradient to scales that learn; None where the bias stays float.
-        silenced: Bool (out,): channels whose weights are all 0; None where there is none.
-    """
-
-    weight: Tensor
-    qparams: QParams | None
-    error: Tensor | None
-    silenced: Tensor | None
-
-
 def bias_error(folding: Folding, folded: Tensor, scale: Tensor | None) -> Tensor | None:
     """`e = b̂ − b_f`, (out,); None where the bias stays float. Its scale may carry a gradient: those that learn."""
     quantizer = folding.bias_quantizer
     return None if scale is None or quantizer is None else quantizer(folded, scale) - folded
 
 
+def training_parameters(
+    folding: Folding, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors | None, input_scale: Tensor | None
+) -> TrainingParameters:
+    """`Ŵ/k` and `e`; arguments as of `Folding.parameters`, without the gradients that `e` shall not hand on."""
+    grid, folded, scale = folding.parameters(weight, bias, bn, input_scale)
+    value = grid.unfolded() if folding.weight_quantizer.fake_quant_enabled else grid.weight
+    silenced = None if grid.effect is None else grid.effect.silenced
+    error = bias_error(folding, folded, scale)
+    return TrainingParameters(value.to(weight.dtype), grid.unfolded_qparams(), error, silenced)
+
+
+def parameter_code(folding: Folding, weight: Tensor, eps: float) -> Generated | None:
+    """Generated code for the same; None where there is none for it: quantizers that clip, scales that learn.
+
+    Args:
+        folding: How.
+        weight: `W`.
+        eps: The BatchNorm's.
+    """
+    if not folding.straight or folding.layout.transposed or not at_hand(weight, DEVICES):
+        return None
+    if is_hooked(folding.weight_quantizer, folding.weight_quantizer.observer) or channels_are_last(weight) is None:
+        return None
+    code = generated(_training_parameters, _sample, _rule_of(folding), eps, weight.device.type)
+    return code if code.ready() else None
+
+
 def generated_parameters(
-    folding: Folding, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors, input_scale: Tensor | None
-) -> TrainingParameters | None:
-    """`Ŵ/k` and `e` by generated code; None where there is none for it: quantizers that clip, scales that learn.
+    folding: Folding,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormTensors,
+    input_scale: Tensor | None,
+    code: Generated,
+) -> TrainingParameters:
+    """`training_parameters` by generated code.
 
     Args:
         folding: How.
         weight: `W`, float32.
         bias: `b`, (out,), or None.
         bn: The BatchNorm's tensors.
-        input_scale: `s_in`, (), or None.
+        input_scale: `s_in`, (), without a gradient, or None.
+        code: Of `parameter_code`.
     """
-    last = channels_are_last(weight)
-    if last is None or not _is_served(folding) or not at_hand(weight, DEVICES):
-        return None
-    if input_scale is not None and input_scale.requires_grad:
-        return None
-    code = generated(_training_parameters, _sample, _rule_of(folding), bn.eps, weight.device.type)
-    if not code.ready():
-        return None
-    given = in_memory_order(weight.detach(), last).flatten(1), bias, bn.gamma, bn.beta, bn.mean, bn.var, input_scale
+    last = bool(channels_are_last(weight))
+    given = in_memory_order(weight, last).flatten(1), bias, bn.gamma, bn.beta, bn.mean, bn.var, input_scale
     value, step, error, silenced = code(*given)
     assert value is not None and step is not None
     value = from_memory_order(value, weight, last)
     spec = folding.weight_quantizer.spec
     qparams = QParams(step, torch.zeros_like(step, dtype=torch.int32), spec.qmin, spec.qmax, spec.axis)
     return TrainingParameters(straight_through(weight, value), qparams, error, silenced)
+
+
+@dataclasses.dataclass(frozen=True)
+class StraightParameters:
+    """The parameters of a layer whose weight gets the gradient of `Ŵ/k`, and whose scales get none.
+
+    Attributes:
+        folding: How.
+        bn: The BatchNorm.
+        source: The quantizer of the input where it is on a grid; else None.
+        code: Of `parameter_code`, or None.
+    """
+
+    folding: Folding
+    bn: Any
+    source: FakeQuantize | None
+    code: Generated | None
+
+    @classmethod
+    def of(cls, folding: Folding, bn: Any, source: FakeQuantize | None, weight: Tensor) -> StraightParameters | None:
+        """Those of a layer; None where its parameters are not of this kind."""
+        source = source if source is not None and source.active else None
+        if not folding.straight or (source is not None and source.learned):
+            return None
+        return cls(folding, bn, source, parameter_code(folding, weight, bn.eps) if folding.fast_path else None)
+
+    def __call__(
+        self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+    ) -> TrainingParameters:
+        """Found from what these are now, without gradients."""
+        bn = BatchNormTensors(gamma, beta, self.bn.running_mean, self.bn.running_var, self.bn.eps)
+        input_scale = None if self.source is None else self.source.scale.float()
+        if self.code is None:
+            return training_parameters(self.folding, weight, bias, bn, input_scale)
+        return generated_parameters(self.folding, weight, bias, bn, input_scale, self.code)
 
 
 def _generated_rounding(weight: Tensor, grid: QParams, quantizer: FakeQuantize) -> Tensor | None:
@@ -182,14 +236,6 @@ def _sample(folding: Folding, eps: float, device: str) -> list[Tensor | None]:
     found = [weight, gamma, beta, mean, var, torch.tensor(0.02)]
     weight, *others = (value.to(device) for value in found)
     return [weight, None, *others]
-
-
-def _is_served(folding: Folding) -> bool:
-    quantizer = folding.weight_quantizer
-    plain = type(quantizer) is FakeQuantize and quantizer.fake_quant_enabled and quantizer.stateless
-    per_channel = quantizer.spec.axis == 0 and quantizer.spec.group_size is None
-    moving = plain and per_channel and quantizer.scales_with_tensor and not quantizer.clips
-    return moving and not folding.layout.transposed and not is_hooked(quantizer, quantizer.observer)
 
 
 def _rule_of(folding: Folding) -> Folding:

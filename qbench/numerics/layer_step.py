@@ -1,0 +1,202 @@
+"""A layer in training as one function with one backward: its weights, its linear part, and what follows.
+
+    Ŵ/k, e    from W and BatchNorm          where nothing in them learns by itself: the gradient to Ŵ/k is that to W
+    y         = F.conv*(x̂, Ŵ/k) + b
+    out       = what follows y: BatchNorm with e in its shift, activation, quantizer
+
+Apart from fewer nodes in autograd's graph, one function knows what lies on which grid, so that backward needs less:
+Ŵ/k is rounded again from W, which is there anyway, in place of being kept; and `x̂` is kept as codes where low memory
+is asked for. The values are those that were used in forward, to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qbench.numerics.fused import Followed
+from qbench.numerics.qparams import QParams
+from qbench.numerics.saved_codes import Coded
+from qbench.numerics.straight_through import round_to_grid
+
+#: Of more weights than this, Ŵ/k is rounded again in backward; fewer cost less memory than rounding them costs time.
+KEPT_WEIGHTS = 1 << 18
+
+
+class TrainingParameters(NamedTuple):
+    """What a layer computes with where BatchNorm normalises with the batch's statistics.
+
+    Attributes:
+        weight: `Ŵ/k`, with the gradient to `W`.
+        qparams: Its grid, or None where it lies on none.
+        error: `e`, (out,), with the gradient to scales that learn; None where the bias stays float.
+        silenced: Bool (out,): channels whose weights are all 0; None where there is none.
+    """
+
+    weight: Tensor
+    qparams: QParams | None
+    error: Tensor | None
+    silenced: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A convolution and its gradients, as PyTorch computes them.
+
+    Attributes:
+        stride: For each dimension.
+        padding: For each dimension, with zeros.
+        dilation: For each dimension.
+        groups: Groups of channels.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(batch, in, …) -> (batch, out, …)."""
+        return torch.convolution(x, weight, bias, *self._arguments())
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients to input, weight and bias, as far as they are wanted."""
+        found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward.default(
+            grad, x, weight, [len(weight)] if wanted[2] else None, *self._arguments(), wanted
+        )
+        return found
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
+
+
+#: What follows a linear part: from y, γ, β, e and the channels that are silenced.
+Follow = Callable[[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"], Followed]
+#: `s` and `z` where they are learned, with their gradient; else None.
+Learned = tuple["Tensor | None", "Tensor | None"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStep:
+    """What a layer does in training.
+
+    Attributes:
+        linear: The linear part.
+        parameters: Finds `Ŵ/k` and `e` from W, b, γ and β, without gradients.
+        follow: What follows.
+        coded: A tensor as codes, to be kept for backward, or None; None where it is kept as it is.
+    """
+
+    linear: Convolution
+    parameters: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], TrainingParameters]
+    follow: Follow
+    coded: Callable[[Tensor], Coded | None] | None = None
+
+
+def layer_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, step: LayerStep
+) -> Tensor:
+    """The output of a layer.
+
+    Args:
+        x: `x̂`, (batch, in, …).
+        weight: `W`.
+        bias: `b`, (out,), or None.
+        gamma: `γ`, (out,), or None.
+        beta: `β`, (out,), or None.
+        step: What to do.
+    """
+    out: Tensor = _Layer.apply(x, weight, bias, gamma, beta, step)
+    return out
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        step: LayerStep,
+    ) -> Tensor:
+        found = step.parameters(weight, bias, gamma, beta)
+        y = step.linear(x, found.weight, bias)
+        followed = step.follow(y, gamma, beta, found.error, found.silenced)
+        coded = step.coded(x) if step.coded is not None and any(ctx.needs_input_grad) else None
+        again = weight.numel() > KEPT_WEIGHTS
+        ctx.linear, ctx.back, ctx.coded = step.linear, followed.backward, coded is not None
+        ctx.grid = found.qparams if again else None
+        inputs = (x,) if coded is None else (coded.codes, coded.scale, coded.zero)
+        ctx.save_for_backward(weight if again else found.weight, y, *inputs, *followed.saved)
+        return followed.out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, y, x, *saved = ctx.saved_tensors
+        if ctx.coded:
+            x, saved = Coded(x, *saved[:2]).value(), saved[2:]
+        grid: QParams | None = ctx.grid
+        if grid is not None:
+            weight = round_to_grid(weight, grid.spread(grid.scale, weight), grid.qmin, grid.qmax)
+        wanted = ctx.needs_input_grad
+        needed = True, *wanted[3:5], False, False, False
+        grad_y, grad_gamma, grad_beta, *_ = ctx.back(grads[0], y, tuple(saved), needed)
+        return (*ctx.linear.backward(grad_y, x, weight, list(wanted[:3])), grad_gamma, grad_beta, None)
+
+
+def normalized(
+    y: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    error: Tensor | None,
+    silenced: Tensor | None,
+    follow: Follow,
+    learned: Learned = (None, None),
+) -> Tensor:
+    """What follows a linear part that is a function of its own.
+
+    Args:
+        y: (batch, channels, …).
+        gamma: `γ`, (channels,), or None.
+        beta: `β`, (channels,), or None.
+        error: `e`, (channels,), or None.
+        silenced: Bool, (channels,): channels whose running statistics stay; or None.
+        follow: What to do.
+        learned: Of the output's grid, where that is learned.
+    """
+    out: Tensor = _Normalized.apply(y, gamma, beta, error, *learned, silenced, follow)
+    return out
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        error: Tensor | None,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        silenced: Tensor | None,
+        follow: Follow,
+    ) -> Tensor:
+        out, saved, ctx.back = follow(y, gamma, beta, error, silenced)
+        ctx.save_for_backward(y, *saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, *saved = ctx.saved_tensors
+        return (*ctx.back(grads[0], y, tuple(saved), ctx.needs_input_grad[:6]), None, None)
