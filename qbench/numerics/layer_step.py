@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,21 @@ Follow = Callable[[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "T
 Learned = tuple["Tensor | None", "Tensor | None"]
 
 
+class FollowByPath(Protocol):
+    """A `Follow` that says which code it took, one of `qbench.report.paths.PATHS`."""
+
+    @property
+    def path(self) -> str:
+        """Of the last call."""
+        ...
+
+    def __call__(
+        self, y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, silenced: Tensor | None
+    ) -> Followed:
+        """See `Follow`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerStep:
     """What a layer does in training.
@@ -96,7 +111,7 @@ class LayerStep:
 
     linear: Convolution
     parameters: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], TrainingParameters]
-    follow: Follow
+    follow: FollowByPath
     coded: Callable[[Tensor], Coded | None] | None = None
 
 

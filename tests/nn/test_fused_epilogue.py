@@ -62,8 +62,8 @@ def trained(model: nn.Module, images: list[Tensor]) -> tuple[nn.Module, list[Ten
 
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """No function that does several steps, nor one that saves a mask."""
-    for place in ("qbench.nn.qat.epilogue.at_hand", "qbench.numerics.straight_through.at_hand"):
-        monkeypatch.setattr(place, lambda _: False)
+    for place in ("nn.qat.step", "nn.qat.epilogue", "numerics.straight_through"):
+        monkeypatch.setattr(f"qbench.{place}.at_hand", lambda _: False)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:

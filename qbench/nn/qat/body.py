@@ -11,7 +11,9 @@ not a submodule (it survives deepcopy, pickle and `.to()`). An input that no qua
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -24,7 +26,10 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import producer_of
 from qbench.nn.frozen import known_types
 from qbench.nn.ops import spread
-from qbench.nn.qat.epilogue import epilogue, fused_epilogue, generated_epilogue
+from qbench.nn.qat.epilogue import ClipByCode, epilogue, fused_epilogue, generated_epilogue
+from qbench.nn.qat.prepared import prepared
+from qbench.numerics.blocks import at_hand
+from qbench.numerics.generated import DEVICES
 from qbench.numerics.qparams import QParams
 from qbench.qconfig import QConfig
 
@@ -243,13 +248,24 @@ class QatModule(nn.Module):
         if found is None:
             found = fused_epilogue(y, *step)
             path = "steps" if found is None else "fused"
-        if self.training and path != self.path:
-            self.path = path
+        if self.training:
+            self.note_path(path)
         return found
+
+    def note_path(self, path: str) -> None:
+        """Note which code a forward in training took."""
+        if path != self.path:
+            self.path = path
 
 
 class QatOp(QatModule):
-    """QAT form of an operation without parameters: quantizes its output."""
+    """QAT form of an operation without parameters: quantizes its output.
+
+    Attributes:
+        owns_output: Whether no backward needs what the operation puts out, so that it is quantized where it lies.
+    """
+
+    owns_output: ClassVar[bool] = False
 
     def __init__(self, *args: Any, qconfig: QConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -272,7 +288,33 @@ class QatOp(QatModule):
 
     def quantized_output(self, *inputs: Any) -> Tensor:
         """The float operation, put on the output's grid."""
-        return epilogue(self.float_type.forward(self, *inputs), self.output_quantizer)
+        y: Tensor = self.float_type.forward(self, *inputs)
+        found = self.where_it_lies(y) if self.owns_output else None
+        return epilogue(y, self.output_quantizer) if found is None else found
+
+    def where_it_lies(self, y: Tensor, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Tensor | None:
+        """The output of the operation, clamped and put on the output's grid in place; None where that cannot be done.
+
+        Args:
+            y: What no backward needs.
+            bounds: Of the clamp.
+        """
+        if self.fast_path and self.training and not torch.compiler.is_compiling() and at_hand(y, DEVICES):
+            clip = prepared(self, functools.partial(_clip_of, bounds=bounds, device=y.device.type), _quantizing)
+            found = None if clip is None else clip(y)
+            if found is not None:
+                self.note_path("generated")
+                return found
+        return self.one_function(y, None, bounds, self.output_quantizer)
+
+
+def _clip_of(op: QatOp, bounds: tuple[float, float], device: str) -> ClipByCode | None:
+    return ClipByCode.of(bounds, op.output_quantizer, device)
+
+
+def _quantizing(op: QatOp) -> tuple[nn.Module | None, ...]:
+    quantizer = op.output_quantizer
+    return () if quantizer is None else (quantizer, quantizer.observer)
 
 
 def replaced(inputs: Iterable[Any], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Any]:

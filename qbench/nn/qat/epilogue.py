@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from qbench.fake_quantize.producers import note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.numerics import fused
 from qbench.numerics.blocks import at_hand, channels_are_last, dense
-from qbench.numerics.generated import DEVICES, standing_for
+from qbench.numerics.generated import DEVICES, Generated, standing_for
 from qbench.numerics.generated_epilogue import Code, Moved, generated_code, normalize_clip_quantize
 from qbench.numerics.generated_rounding import clip_code, clip_quantize, learned_code, round_learned
 from qbench.numerics.interval import is_served
@@ -85,42 +85,28 @@ def generated_epilogue(
     """
     if quantizer is None or not at_hand(y, DEVICES):
         return None
+    learned = quantizer if isinstance(quantizer, LearnedFakeQuantize) else None
+    if bn is None and learned is None:
+        clip = ClipByCode.of(bounds, quantizer, y.device.type)
+        return None if clip is None else clip(y)
     rounding = rounding_of(bounds, quantizer, y.device.type)
     if rounding is None:
         return None
-    if isinstance(quantizer, LearnedFakeQuantize):
-        out = _on_learned_grid(y, bn, rounding, quantizer)
-    else:
-        out = _on_observed_grid(y, bn, rounding, quantizer)
-    return None if out is None else note_producer(out, quantizer)
-
-
-def _on_observed_grid(
-    y: Tensor, bn: TrainingBatchNorm | None, rounding: tuple[Any, ...], quantizer: FakeQuantize
-) -> Tensor | None:
     if bn is not None:
         follow = ByCode(bn, quantizer, rounding)
-        return _normalized(y, bn, follow) if _is_plain(bn, y) and follow.serves(y) else None
-    code = clip_code(*rounding)
-    if y._is_view() or not dense(y).is_contiguous() or not code.ready():
-        return None
-    quantizer.seen_data = True
-    return clip_quantize(y, quantizer.scale, quantizer.zero_point, observed_state(quantizer), code)
-
-
-def _on_learned_grid(
-    y: Tensor, bn: TrainingBatchNorm | None, rounding: tuple[Any, ...], quantizer: LearnedFakeQuantize
-) -> Tensor | None:
-    if bn is None:
-        code = learned_code(*rounding)
-        if not dense(y).is_contiguous() or not code.ready():
+        if not _is_plain(bn, y) or follow.code(y) is None:
             return None
-        return quantizer.regularized(round_learned(y, *_learned_grid(y, quantizer), code))
-    follow = ByCode(bn, quantizer, rounding)
-    if not (_is_plain(bn, y) and follow.serves(y)):
+        if learned is None:
+            out = _normalized(y, bn, follow)
+        else:
+            grid, gradients = _learned_grid(y, learned)
+            out = learned.regularized(_normalized(y, bn, functools.partial(follow, grid=grid), gradients))
+        return note_producer(out, quantizer)
+    assert learned is not None
+    code = learned_code(*rounding)
+    if not dense(y).is_contiguous() or not code.ready():
         return None
-    grid, learned = _learned_grid(y, quantizer)
-    return quantizer.regularized(_normalized(y, bn, functools.partial(follow, grid=grid), learned))
+    return note_producer(learned.regularized(round_learned(y, *_learned_grid(y, learned), code)), quantizer)
 
 
 def _learned_grid(y: Tensor, quantizer: LearnedFakeQuantize) -> tuple[tuple[Tensor, Tensor], Learned]:
@@ -178,6 +164,8 @@ class InBlocks:
         chain: What follows it.
     """
 
+    path: ClassVar[str] = "fused"
+
     bn: TrainingBatchNorm
     chain: fused.Chain
 
@@ -190,30 +178,38 @@ class InBlocks:
             return fused.normalize_clip_quantize(y, gamma, bn.shift, bn.count(), self.chain)
 
 
-@dataclasses.dataclass(frozen=True)
 class ByCode:
     """The same by generated code.
 
-    Attributes:
+    Args:
         bn: The BatchNorm.
         quantizer: What follows it.
         rounding: Of `rounding_of`.
-        otherwise: What to do where there is no code for a tensor; None where that is asked for before.
+        otherwise: What to do where there is no code for a tensor; None where `code` is asked before.
+
+    Attributes:
+        path: Which code the last call took.
     """
 
-    bn: TrainingBatchNorm
-    quantizer: FakeQuantize
-    rounding: tuple[Any, ...]
-    otherwise: InBlocks | None = None
+    def __init__(
+        self,
+        bn: TrainingBatchNorm,
+        quantizer: FakeQuantize,
+        rounding: tuple[Any, ...],
+        otherwise: InBlocks | None = None,
+    ) -> None:
+        self.path = "generated"
+        self._bn, self._quantizer, self._rounding, self._otherwise = bn, quantizer, rounding, otherwise
+        self._codes: dict[bool | None, Code | None] = {None: None}
 
-    def code(self, last: bool) -> Code:
-        """For one of the two orders in memory."""
-        return generated_code(last, self.bn.holder.momentum, self.bn.holder.eps, *self.rounding)
-
-    def serves(self, y: Tensor) -> bool:
-        """Whether there is code for the order in which `y` lies in memory."""
+    def code(self, y: Tensor) -> Code | None:
+        """For the order in which `y` lies in memory; None where there is none."""
         last = channels_are_last(y)
-        return last is not None and self.code(last).ready()
+        if last is not None and last not in self._codes:
+            holder = self._bn.holder
+            self._codes[last] = generated_code(last, holder.momentum, holder.eps, *self._rounding)
+        code = self._codes[last]
+        return code if code is not None and code.ready() else None
 
     def __call__(
         self,
@@ -225,16 +221,56 @@ class ByCode:
         grid: tuple[Tensor, Tensor] | None = None,
     ) -> fused.Followed:
         """See `Follow`; with the grid where that is learned."""
-        if self.otherwise is not None and not self.serves(y):
-            return self.otherwise(y, gamma, beta, error, silenced)
+        code, quantizer = self.code(y), self._quantizer
+        if code is None:
+            assert self._otherwise is not None
+            self.path = self._otherwise.path
+            return self._otherwise(y, gamma, beta, error, silenced)
+        if grid is None:
+            moved = Moved(
+                self._bn.count(), silenced, quantizer.scale, quantizer.zero_point, observed_state(quantizer)
+            )
+            _note_data(quantizer)
+        else:
+            moved = Moved(self._bn.count(), silenced, *grid, ())
+        self.path = "generated"
+        return normalize_clip_quantize(y, gamma, beta, error, moved, code)
+
+
+def _note_data(quantizer: FakeQuantize) -> None:
+    if not quantizer.seen_data:  # set always, it would be another attribute in each step to what is prepared
+        quantizer.seen_data = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipByCode:
+    """An activation that clamps and a quantizer that observes or stays, by generated code.
+
+    Attributes:
+        quantizer: The quantizer.
+        code: Of `clip_code`.
+    """
+
+    quantizer: FakeQuantize
+    code: Generated
+
+    @classmethod
+    def of(cls, bounds: tuple[float, float] | None, quantizer: FakeQuantize | None, device: str) -> ClipByCode | None:
+        """The one for these; None where there is none."""
+        rounding = None if quantizer is None else rounding_of(bounds, quantizer, device)
+        if quantizer is None or rounding is None or quantizer.learned:
+            return None
+        code = clip_code(*rounding)
+        return cls(quantizer, code) if code.ready() else None
+
+    def __call__(self, y: Tensor) -> Tensor | None:
+        """`y`, float32 and nobody else's, on the grid, where it lies; None where it is a view or has gaps in memory."""
         quantizer = self.quantizer
-        state = observed_state(quantizer) if grid is None else ()
-        scale, zero_point = (quantizer.scale, quantizer.zero_point) if grid is None else grid
-        moved = Moved(self.bn.count(), silenced, scale, zero_point, state)
-        found = normalize_clip_quantize(y, gamma, beta, error, moved, self.code(bool(channels_are_last(y))))
-        if not quantizer.seen_data:
-            quantizer.seen_data = True
-        return found
+        if y._is_view() or not dense(y).is_contiguous() or self.code.failed:
+            return None
+        out = clip_quantize(y, quantizer.scale, quantizer.zero_point, observed_state(quantizer), self.code)
+        _note_data(quantizer)
+        return note_producer(out, quantizer)
 
 
 def rule_of(observer: Observer) -> Observer:

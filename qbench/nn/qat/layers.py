@@ -135,6 +135,7 @@ class Mean(QatOp, ops.Mean):
     """Mean with a quantized output: an average of codes lies between codes."""
 
     float_type = ops.Mean
+    owns_output = True
 
 
 class Div(QatOp, ops.Div):
@@ -166,36 +167,42 @@ class AdaptiveAvgPool1d(QatOp, nn.AdaptiveAvgPool1d):
     """AdaptiveAvgPool1d with a quantized output: what it puts out of codes lies between codes."""
 
     float_type = nn.AdaptiveAvgPool1d
+    owns_output = True
 
 
 class AdaptiveAvgPool2d(QatOp, nn.AdaptiveAvgPool2d):
     """AdaptiveAvgPool2d with a quantized output: what it puts out of codes lies between codes."""
 
     float_type = nn.AdaptiveAvgPool2d
+    owns_output = True
 
 
 class AdaptiveAvgPool3d(QatOp, nn.AdaptiveAvgPool3d):
     """AdaptiveAvgPool3d with a quantized output: what it puts out of codes lies between codes."""
 
     float_type = nn.AdaptiveAvgPool3d
+    owns_output = True
 
 
 class AvgPool1d(QatOp, nn.AvgPool1d):
     """AvgPool1d with a quantized output: what it puts out of codes lies between codes."""
 
     float_type = nn.AvgPool1d
+    owns_output = True
 
 
 class AvgPool2d(QatOp, nn.AvgPool2d):
     """AvgPool2d with a quantized output: what it puts out of codes lies between codes."""
 
     float_type = nn.AvgPool2d
+    owns_output = True
 
 
 class AvgPool3d(QatOp, nn.AvgPool3d):
     """AvgPool3d with a quantized output: what it puts out of codes lies between codes."""
 
     float_type = nn.AvgPool3d
+    owns_output = True
 
 
 class LPPool1d(QatOp, nn.LPPool1d):

@@ -10,6 +10,7 @@ Functions of tensors and of two quantizers that keep no tensors, so that they ca
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -46,7 +47,7 @@ class Folding:
 
     @property
     def straight(self) -> bool:
-        """Whether the gradient to `W` is the one to `Ŵ/k`: ranges a channel of the weight at hand, which clip nothing."""
+        """Whether the gradient to `W` is that to `Ŵ/k`: its own range a channel, clipping nothing."""
         quantizer = self.weight_quantizer
         plain = type(quantizer) is FakeQuantize and quantizer.fake_quant_enabled and quantizer.stateless
         per_channel = quantizer.spec.axis == self.layout.axis and quantizer.spec.group_size is None
@@ -154,8 +155,14 @@ def generated_parameters(
     assert value is not None and step is not None
     value = from_memory_order(value, weight, last)
     spec = folding.weight_quantizer.spec
-    qparams = QParams(step, torch.zeros_like(step, dtype=torch.int32), spec.qmin, spec.qmax, spec.axis)
+    qparams = QParams(step, _zeros(len(step), step.device), spec.qmin, spec.qmax, spec.axis)
     return TrainingParameters(straight_through(weight, value), qparams, error, silenced)
+
+
+@functools.lru_cache(maxsize=1024)
+def _zeros(channels: int, device: torch.device) -> Tensor:
+    """The zero points of symmetric grids, which nobody writes to."""
+    return torch.zeros(channels, dtype=torch.int32, device=device)
 
 
 @dataclasses.dataclass(frozen=True)

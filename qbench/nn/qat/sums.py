@@ -18,12 +18,13 @@ class Sum(QatOp):
 
     sum_type: ClassVar[type[ops.Operation]]
     rectified: ClassVar[bool] = False
+    owns_output = True
 
     def quantized_output(self, *inputs: Any) -> Tensor:
         """See `QatOp.quantized_output`."""
         y: Tensor = self.sum_type.forward(self, *inputs)
         bounds = (0.0 if self.rectified else -math.inf, math.inf)
-        found = self.one_function(y, None, bounds, self.output_quantizer)
+        found = self.where_it_lies(y, bounds)
         if found is not None:
             return found
         return epilogue(y, F.relu if self.rectified else None, self.output_quantizer)
