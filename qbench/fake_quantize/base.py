@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qbench.errors import NumericsError, QBenchWarning
 from qbench.fake_quantize.producers import note_producer
+from qbench.numerics.blocks import at_hand, dense
 from qbench.numerics.interval import Numbers
 from qbench.numerics.qparams import QParams, QSpec
 from qbench.numerics.straight_through import GridGradient, fake_quantize_ste
@@ -188,7 +189,10 @@ class FakeQuantize(nn.Module):
         return found
 
     def _observe(self, x: Tensor) -> None:
-        self.set_grid(self.grid_from(self.observer(x)))
+        if self.scale.ndim == 0 and self.observer.by_ends and at_hand(x):
+            self.watch(x, torch.aminmax(dense(x.detach())))
+        else:
+            self.set_grid(self.grid_from(self.observer(x)))
 
     @property
     def grid_gradient(self) -> GridGradient | None:

@@ -79,11 +79,13 @@ class _FakeQuantize(torch.autograd.Function):
         group_size: int | None,
     ) -> Tensor:
         ctx.bounds = (qmin, qmax, axis, group_size)
-        plain = ctx.needs_input_grad[:3] == (True, False, False) and scale.ndim == 0
+        plain = not any(ctx.needs_input_grad[1:3]) and scale.ndim == 0
         found = QParams(scale, zero_point, qmin, qmax, axis, group_size)
         ctx.masked = plain and at_hand(x) and not zero_point.is_floating_point() and is_served(found)
         if ctx.masked:
-            out, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
+            out, mask = torch.empty_like(x), None
+            if ctx.needs_input_grad[0]:
+                mask = torch.empty_like(x, dtype=torch.int8)
             interval_of(found).quantize(x, out, mask)
             ctx.save_for_backward(mask)
             return out

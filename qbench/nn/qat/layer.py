@@ -24,7 +24,13 @@ from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
 from qbench.nn.qat.epilogue import bounds_of, epilogue
-from qbench.nn.qat.parameters import Folding, generated_parameters, parameter_code, training_parameters
+from qbench.nn.qat.parameters import (
+    Folding,
+    generated_parameters,
+    generated_weight_and_bias,
+    parameter_code,
+    training_parameters,
+)
 from qbench.nn.qat.step import training_step
 from qbench.numerics.blocks import at_hand
 from qbench.numerics.fold import BatchNormTensors, WeightLayout
@@ -181,12 +187,22 @@ class QatLayer(QatModule):
 
     def folded_output(self, x: Tensor, *args: Any) -> Tensor:
         """`F.conv*(x̂, Ŵ, b̂)`: the linear part with the BatchNorm folded, before the activation; one call."""
+        weight, bias, qparams = self._folded_parameters()
+        dtype = self.linear_weight.dtype
+        with self._saving(x, weight, qparams):
+            return self.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype), *args)
+
+    def _folded_parameters(self) -> tuple[Tensor, Tensor | None, QParams]:
+        """`Ŵ`, `b̂` and the grid of `Ŵ`."""
+        input_scale = self._input_scale()
+        if self.fast_path and self.training and self.batch_norm is None and self.bias_quantizer is not None:
+            folding, learned = self.folding(), input_scale is None or input_scale.requires_grad
+            code = None if learned else parameter_code(folding, self.linear_weight, None)
+            if code is not None:
+                return generated_weight_and_bias(folding, self.linear_weight, self.linear_bias, input_scale, code)
         grid, folded, scale = self.quantized_parameters()
         weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid.folded_float()
-        bias = self._deployed_bias(folded, scale)
-        dtype = self.linear_weight.dtype
-        with self._saving(x, weight, grid.qparams):
-            return self.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype), *args)
+        return weight, self._deployed_bias(folded, scale), grid.qparams
 
     def _saving(self, x: Tensor, weight: Tensor, qparams: QParams | None) -> contextlib.AbstractContextManager[Any]:
         """What the linear part saves for backward: its input and weight as codes where `low_memory` asks for it."""

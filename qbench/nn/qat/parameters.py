@@ -115,19 +115,22 @@ def training_parameters(
     return TrainingParameters(value.to(weight.dtype), grid.unfolded_qparams(), error, silenced)
 
 
-def parameter_code(folding: Folding, weight: Tensor, eps: float) -> Generated | None:
-    """Generated code for the same; None where there is none for it: quantizers that clip, scales that learn.
+def parameter_code(folding: Folding, weight: Tensor, eps: float | None) -> Generated | None:
+    """Generated code for the parameters; None where there is none for it: quantizers that clip, scales that learn.
 
     Args:
         folding: How.
         weight: `W`.
-        eps: The BatchNorm's.
+        eps: The BatchNorm's, for `generated_parameters`; None without a BatchNorm, for `generated_weight_and_bias`.
     """
     if not folding.straight or folding.layout.transposed or not at_hand(weight, DEVICES):
         return None
     if is_hooked(folding.weight_quantizer, folding.weight_quantizer.observer) or channels_are_last(weight) is None:
         return None
-    code = generated(_training_parameters, _sample, _rule_of(folding), eps, weight.device.type)
+    if eps is None:
+        code = generated(_weight_and_bias, _sample_without_bn, _rule_of(folding), weight.device.type)
+    else:
+        code = generated(_training_parameters, _sample, _rule_of(folding), eps, weight.device.type)
     return code if code.ready() else None
 
 
@@ -154,9 +157,32 @@ def generated_parameters(
     value, step, error, silenced = code(*given)
     assert value is not None and step is not None
     value = from_memory_order(value, weight, last)
+    return TrainingParameters(straight_through(weight, value), _grid_of(step, folding), error, silenced)
+
+
+def generated_weight_and_bias(
+    folding: Folding, weight: Tensor, bias: Tensor | None, input_scale: Tensor | None, code: Generated
+) -> tuple[Tensor, Tensor | None, QParams]:
+    """`Ŵ`, `b̂` (None where it is float) and the grid of `Ŵ` of a layer without BatchNorm, by generated code.
+
+    Args:
+        folding: How.
+        weight: `W`, float32.
+        bias: `b`, (out,), or None.
+        input_scale: `s_in`, (), without a gradient, or None.
+        code: Of `parameter_code`.
+    """
+    last = bool(channels_are_last(weight))
+    value, step, rounded = code(in_memory_order(weight, last).flatten(1), bias, input_scale)
+    assert value is not None and step is not None
+    value = straight_through(weight, from_memory_order(value, weight, last))
+    rounded = rounded if rounded is None or bias is None else straight_through(bias, rounded)
+    return value, rounded, _grid_of(step, folding)
+
+
+def _grid_of(step: Tensor, folding: Folding) -> QParams:
     spec = folding.weight_quantizer.spec
-    qparams = QParams(step, _zeros(len(step), step.device), spec.qmin, spec.qmax, spec.axis)
-    return TrainingParameters(straight_through(weight, value), qparams, error, silenced)
+    return QParams(step, _zeros(len(step), step.device), spec.qmin, spec.qmax, spec.axis)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -230,6 +256,22 @@ def _training_parameters(
     qparams = grid.unfolded_qparams()
     assert qparams is not None
     return grid.unfolded(), qparams.scale, bias_error(folding, folded, scale), grid.silenced
+
+
+def _weight_and_bias(
+    weight: Tensor, bias: Tensor | None, input_scale: Tensor | None, folding: Folding, device: str
+) -> Tensors:
+    """`Ŵ`, (out, …), its scale (out,), and `b̂`, (out,), where there is one."""
+    grid, folded, scale = folding.parameters(weight, bias, None, input_scale)
+    quantizer = folding.bias_quantizer
+    rounded = None if scale is None or quantizer is None else quantizer(folded, scale)
+    return grid.folded(), grid.qparams.scale, rounded
+
+
+def _sample_without_bn(folding: Folding, device: str) -> list[Tensor | None]:
+    """Arguments of `_weight_and_bias` with channels of every kind."""
+    weight, _, _, bias, *_, input_scale = _sample(folding, 0.0, device)
+    return [weight, bias, input_scale]
 
 
 def _sample(folding: Folding, eps: float, device: str) -> list[Tensor | None]:
