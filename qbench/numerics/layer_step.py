@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from qbench.numerics.fused import Followed
 from qbench.numerics.qparams import QParams
 from qbench.numerics.saved_codes import Coded
-from qbench.numerics.straight_through import round_to_grid
 
 #: Of more weights than this, Ŵ/k is rounded again in backward; fewer cost less memory than rounding them costs time.
 KEPT_WEIGHTS = 1 << 18
@@ -83,6 +82,20 @@ Follow = Callable[[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "T
 Learned = tuple["Tensor | None", "Tensor | None"]
 
 
+class Parameters(Protocol):
+    """Finds `Ŵ/k` and `e`, without gradients."""
+
+    def __call__(
+        self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+    ) -> TrainingParameters:
+        """From W, b, γ and β."""
+        ...
+
+    def again(self, weight: Tensor, qparams: QParams) -> Tensor:
+        """`Ŵ/k` from W and the grid that was found."""
+        ...
+
+
 class FollowByPath(Protocol):
     """A `Follow` that says which code it took, one of `qbench.report.paths.PATHS`."""
 
@@ -104,13 +117,13 @@ class LayerStep:
 
     Attributes:
         linear: The linear part.
-        parameters: Finds `Ŵ/k` and `e` from W, b, γ and β, without gradients.
+        parameters: Finds `Ŵ/k` and `e`.
         follow: What follows.
         coded: A tensor as codes, to be kept for backward, or None; None where it is kept as it is.
     """
 
     linear: Convolution
-    parameters: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], TrainingParameters]
+    parameters: Parameters
     follow: FollowByPath
     coded: Callable[[Tensor], Coded | None] | None = None
 
@@ -148,7 +161,7 @@ class _Layer(torch.autograd.Function):
         followed = step.follow(y, gamma, beta, found.error, found.silenced)
         coded = step.coded(x) if step.coded is not None and any(ctx.needs_input_grad) else None
         again = weight.numel() > KEPT_WEIGHTS
-        ctx.linear, ctx.back, ctx.coded = step.linear, followed.backward, coded is not None
+        ctx.step, ctx.back, ctx.coded = step, followed.backward, coded is not None
         ctx.grid = found.qparams if again else None
         inputs = (x,) if coded is None else (coded.codes, coded.scale, coded.zero)
         ctx.save_for_backward(weight if again else found.weight, y, *inputs, *followed.saved)
@@ -162,11 +175,11 @@ class _Layer(torch.autograd.Function):
             x, saved = Coded(x, *saved[:2]).value(), saved[2:]
         grid: QParams | None = ctx.grid
         if grid is not None:
-            weight = round_to_grid(weight, grid.spread(grid.scale, weight), grid.qmin, grid.qmax)
+            weight = ctx.step.parameters.again(weight, grid)
         wanted = ctx.needs_input_grad
         needed = True, *wanted[3:5], False, False, False
         grad_y, grad_gamma, grad_beta, *_ = ctx.back(grads[0], y, tuple(saved), needed)
-        return (*ctx.linear.backward(grad_y, x, weight, list(wanted[:3])), grad_gamma, grad_beta, None)
+        return (*ctx.step.linear.backward(grad_y, x, weight, list(wanted[:3])), grad_gamma, grad_beta, None)
 
 
 def normalized(

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.fake_quantize.base import is_hooked
-from qbench.numerics.blocks import at_hand, channels_are_last, from_memory_order, in_memory_order
+from qbench.numerics.blocks import at_hand, channels_are_last, from_memory_order, in_memory_order, in_rows
 from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold_factor
-from qbench.numerics.generated import DEVICES, Generated, Tensors, generated, standing_for
+from qbench.numerics.generated import DEVICES, BothWays, Generated, Tensors, generated, standing_for
 from qbench.numerics.generated_rounding import learned_code, round_learned
 from qbench.numerics.layer_step import TrainingParameters
 from qbench.numerics.qparams import QParams
-from qbench.numerics.straight_through import straight_through
+from qbench.numerics.straight_through import round_to_grid, straight_through
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
 
 
@@ -225,18 +225,35 @@ class StraightParameters:
             return training_parameters(self.folding, weight, bias, bn, input_scale)
         return generated_parameters(self.folding, weight, bias, bn, input_scale, self.code)
 
+    def again(self, weight: Tensor, qparams: QParams) -> Tensor:
+        """`Ŵ/k` from W and its grid."""
+        code = None if self.code is None else _rounding_code(weight, qparams, self.folding.weight_quantizer)
+        if code is None:
+            return round_to_grid(weight, qparams.spread(qparams.scale, weight), qparams.qmin, qparams.qmax)
+        value = torch.empty_like(weight)
+        code.forward(in_rows(value), in_rows(weight), qparams.scale[:, None], qparams.zero_point[:, None])
+        return value
+
 
 def _generated_rounding(weight: Tensor, grid: QParams, quantizer: FakeQuantize) -> Tensor | None:
     """`fake_quantize` of a weight with learned scales by generated code; None where there is none for it."""
-    last = channels_are_last(weight)
-    if last is None or not at_hand(weight, DEVICES) or quantizer.grid_gradient != "residual" or grid.axis != 0:
-        return None
-    code = learned_code(-math.inf, math.inf, quantizer.spec, None, weight.device.type, quantizer.grid_gradient)
-    if grid.group_size is not None or not code.ready():
+    last, code = channels_are_last(weight), _rounding_code(weight, grid, quantizer)
+    if last is None or code is None or quantizer.grid_gradient != "residual":
         return None
     scale, zero_point = grid.scale[:, None], grid.zero_point[:, None]
     rows = in_memory_order(weight, last).flatten(1)
     return from_memory_order(round_learned(rows, (scale.detach(), zero_point), (scale, None), code), weight, last)
+
+
+def _rounding_code(weight: Tensor, grid: QParams, quantizer: FakeQuantize) -> BothWays | None:
+    """Code that rounds a weight to a grid per channel; None where there is none for it."""
+    if not at_hand(weight, DEVICES) or grid.axis != 0 or grid.group_size is not None:
+        return None
+    gradient = quantizer.grid_gradient
+    if gradient is None or channels_are_last(weight) is None:
+        return None
+    code = learned_code(-math.inf, math.inf, quantizer.spec, None, weight.device.type, gradient)
+    return code if code.ready() else None
 
 
 def _training_parameters(
