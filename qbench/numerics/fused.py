@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from qbench.numerics.blocks import Scratch, dense, in_blocks
 from qbench.numerics.interval import Interval, Numbers, interval_of, passed
 from qbench.numerics.qparams import QParams
+from qbench.numerics.saved_codes import Coded
 
 aten = torch.ops.aten
 
@@ -79,11 +80,13 @@ class Followed(NamedTuple):
         out: The output.
         saved: What its backward needs beside `y`.
         backward: See `Backward`.
+        coded: The output as codes, where they are at hand.
     """
 
     out: Tensor
     saved: tuple[Tensor | None, ...]
     backward: Backward
+    coded: Coded | None = None
 
 
 def normalize_clip_quantize(

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from qbench.numerics.blocks import from_memory_order, in_memory_order
 from qbench.numerics.fused import Followed, Statistics
 from qbench.numerics.generated import BothWays, Tensors, fma, generated, once
 from qbench.numerics.generated_rounding import Rounding
+from qbench.numerics.saved_codes import Coded, fits_a_byte, lowering
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,13 @@ def generated_code(last: bool, momentum: float, eps: float, *rounding: Any) -> C
 
 
 def normalize_clip_quantize(
-    y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, moved: Moved, code: Code
+    y: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    error: Tensor | None,
+    moved: Moved,
+    code: Code,
+    low_memory: bool = False,
 ) -> Followed:
     """`fused.normalize_clip_quantize` by generated code.
 
@@ -111,14 +119,24 @@ def normalize_clip_quantize(
         error: `e`, (channels,), or None for zeros.
         moved: What is written to.
         code: For the plan with `channels_are_last(y)`.
+        low_memory: Whether to write down the codes, too, where they fit into a byte.
     """
     to = moved.statistics
     kept = moved.silenced, to.running_mean, to.running_var, moved.scale, moved.zero_point, *moved.state
     # Made here, and not by the code: a view of what that made could not be written to by what comes next.
-    out = torch.empty_like(y)
-    found = code.forward(code.plan.in_rows(out), code.plan.in_rows(y), gamma, beta, error, *kept)
-    grid = (moved.scale, moved.zero_point) if code.plan.rounding.gradient != "none" else ()
-    return Followed(out, (*found, *grid), functools.partial(_backward, code=code))
+    plan, spec = code.plan, code.plan.rounding.spec
+    out, codes = torch.empty_like(y), None
+    if low_memory and fits_a_byte(spec):
+        codes = torch.empty_like(y, dtype=torch.int8)
+    rows = None if codes is None else plan.in_rows(codes)
+    found: Sequence[Tensor | None] = code.forward(plan.in_rows(out), rows, plan.in_rows(y), gamma, beta, error, *kept)
+    grid = (moved.scale, moved.zero_point) if plan.rounding.gradient != "none" else ()
+    coded = None
+    if codes is not None:
+        *found, size, zero = found
+        assert size is not None and zero is not None
+        coded = Coded(codes, size, zero)
+    return Followed(out, (*found, *grid), functools.partial(_backward, code=code), coded)
 
 
 def _backward(
@@ -136,6 +154,7 @@ def _backward(
 
 def forward(
     out: Tensor,
+    codes: Tensor | None,
     y: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -149,8 +168,11 @@ def forward(
 ) -> Tensors:
     """The batch's μ and 1/sqrt(σ² + ε), `α` and `β'`, (channels,), and between which `v` gradients pass, () and ().
 
+    With codes, also `s` and the zero point of what is kept of them, float32, ().
+
     Args:
         out: Like `y`: becomes the output.
+        codes: Like `y`, int8: becomes its codes, of an unsigned grid 128 lower; or None.
         y: float32, (outer, channels, inner) or (outer, inner, channels).
         gamma: `γ`, (channels,), or None for ones.
         beta: `β`, (channels,), or None for zeros.
@@ -183,8 +205,14 @@ def forward(
     rounding: Rounding = plan.rounding
     low, high = rounding.clip(torch.minimum(*ends)).amin(), rounding.clip(torch.maximum(*ends)).amax()
     grid = rounding.move(low, high, scale, zero_point, state)
-    out.copy_(rounding.round(fma(y, plan.wide(factor), plan.wide(constant)), *grid))
-    return mean, inverse, factor, constant, *rounding.passing(*grid)
+    steps = rounding.steps(fma(y, plan.wide(factor), plan.wide(constant)), *grid)
+    out.copy_(steps * grid[0])
+    found = mean, inverse, factor, constant, *rounding.passing(*grid)
+    if codes is None:
+        return found
+    zero = once(grid[1].float() - lowering(rounding.spec))
+    codes.copy_((steps + zero).to(torch.int8))
+    return *found, grid[0], zero
 
 
 def backward(grad: Tensor, y: Tensor, *rest: Any) -> Tensors:
@@ -220,15 +248,16 @@ def _forward_sample(plan: Plan) -> list[Tensor | None]:
     gamma, beta, error = torch.randn(3, 24, generator=generator)
     found = [y, gamma, beta, error * 1e-3, torch.zeros(24), torch.ones(24)]
     found = [value.to(plan.rounding.device) for value in found]
-    return [torch.empty_like(found[0]), *found[:4], None, *found[4:], *plan.rounding.sample()]
+    codes = torch.zeros_like(found[0], dtype=torch.int8)
+    return [torch.empty_like(found[0]), codes, *found[:4], None, *found[4:], *plan.rounding.sample()]
 
 
 def _backward_sample(plan: Plan) -> list[Tensor | None]:
     """The same for `backward`."""
     given = _forward_sample(plan)
-    y = given[1]
-    found = forward(*given, plan)  # type: ignore[arg-type]
-    grid = given[8:10] if plan.rounding.gradient != "none" else []
+    y = given[2]
+    found = forward(*given, plan)[:6]  # type: ignore[arg-type]
+    grid = given[9:11] if plan.rounding.gradient != "none" else []
     assert y is not None
     grad = torch.randint(-5, 6, y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     if plan.rounding.gradient != "none":  # what goes to the grid is not whole: one value of each row, then

@@ -68,12 +68,16 @@ class Rounding:
         return scale.clone(), zero_point.clone()
 
     def round(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """The values of `clip(v)` on the grid; both clamps are one, see `qbench.numerics.interval`."""
+        """The values of `clip(v)` on the grid."""
+        return self.steps(v, scale, zero_point) * scale
+
+    def steps(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Their codes less the zero point, in floats; both clamps are one, see `qbench.numerics.interval`."""
         first, last = (steps * scale for steps in self._steps(zero_point))
         low = first if self.low == -math.inf else first.clamp(min=self.low).minimum(last)
         high = last if self.high == math.inf else last.clamp(max=self.high).maximum(first)
         inverse = once(1.0 / scale)
-        return (v.maximum(once(low)).minimum(once(high)) * inverse).round() * scale
+        return (v.maximum(once(low)).minimum(once(high)) * inverse).round()
 
     def passing(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         """Where neither the activation nor the grid cuts: above the first number and below the second."""

@@ -24,7 +24,7 @@ from qbench.numerics.qparams import QParams
 from qbench.numerics.saved_codes import Coded
 
 #: Of more weights than this, Ŵ/k is rounded again in backward; fewer cost less memory than rounding them costs time.
-KEPT_WEIGHTS = 1 << 18
+KEPT_WEIGHTS, KEPT_WEIGHTS_LOW_MEMORY = 1 << 18, 1 << 13
 
 
 class TrainingParameters(NamedTuple):
@@ -130,8 +130,8 @@ class LayerStep:
 
 def layer_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, step: LayerStep
-) -> Tensor:
-    """The output of a layer.
+) -> tuple[Tensor, Coded | None]:
+    """The output of a layer, and its codes where they are at hand.
 
     Args:
         x: `x̂`, (batch, in, …).
@@ -141,8 +141,9 @@ def layer_step(
         beta: `β`, (out,), or None.
         step: What to do.
     """
-    out: Tensor = _Layer.apply(x, weight, bias, gamma, beta, step)
-    return out
+    codes: list[Coded | None] = []
+    out: Tensor = _Layer.apply(x, weight, bias, gamma, beta, step, codes)
+    return out, codes[0]
 
 
 class _Layer(torch.autograd.Function):
@@ -155,12 +156,14 @@ class _Layer(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         step: LayerStep,
+        codes: list[Coded | None],
     ) -> Tensor:
         found = step.parameters(weight, bias, gamma, beta)
         y = step.linear(x, found.weight, bias)
         followed = step.follow(y, gamma, beta, found.error, found.silenced)
         coded = step.coded(x) if step.coded is not None and any(ctx.needs_input_grad) else None
-        again = weight.numel() > KEPT_WEIGHTS
+        codes.append(followed.coded)
+        again = weight.numel() > (KEPT_WEIGHTS if step.coded is None else KEPT_WEIGHTS_LOW_MEMORY)
         ctx.step, ctx.back, ctx.coded = step, followed.backward, coded is not None
         ctx.grid = found.qparams if again else None
         inputs = (x,) if coded is None else (coded.codes, coded.scale, coded.zero)
@@ -179,7 +182,7 @@ class _Layer(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         needed = True, *wanted[3:5], False, False, False
         grad_y, grad_gamma, grad_beta, *_ = ctx.back(grads[0], y, tuple(saved), needed)
-        return (*ctx.step.linear.backward(grad_y, x, weight, list(wanted[:3])), grad_gamma, grad_beta, None)
+        return (*ctx.step.linear.backward(grad_y, x, weight, list(wanted[:3])), grad_gamma, grad_beta, None, None)
 
 
 def normalized(
@@ -219,7 +222,7 @@ class _Normalized(torch.autograd.Function):
         silenced: Tensor | None,
         follow: Follow,
     ) -> Tensor:
-        out, saved, ctx.back = follow(y, gamma, beta, error, silenced)
+        out, saved, ctx.back, _ = follow(y, gamma, beta, error, silenced)
         ctx.save_for_backward(y, *saved)
         return out
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qbench.numerics.blocks import Scratch, at_hand, dense, in_blocks
 from qbench.numerics.generated_codes import encoded, encoder
-from qbench.numerics.qparams import QParams
+from qbench.numerics.qparams import QParams, QSpec
 
 
 @functools.cache
@@ -69,6 +69,16 @@ class Coded:
         return found
 
 
+def lowering(codes: QParams | QSpec) -> int:
+    """How much lower than a code is what is kept of it: int8 holds what uint8 does, and copying to it is vectorised."""
+    return 128 if codes.dtype is torch.uint8 else 0
+
+
+def fits_a_byte(codes: QParams | QSpec) -> bool:
+    """Whether codes are of 8 bits or fewer."""
+    return codes.dtype in (torch.int8, torch.uint8)
+
+
 def encode(x: Tensor, qparams: QParams, *, fast_path: bool = False) -> Coded | None:
     """`x` as codes of a grid of 8 bits or fewer; None where they do not give `x` again, or nothing can be looked at.
 
@@ -77,12 +87,10 @@ def encode(x: Tensor, qparams: QParams, *, fast_path: bool = False) -> Coded | N
         qparams: The grid.
         fast_path: Whether to do it by generated code where there is some.
     """
-    if not at_hand(x) or qparams.dtype not in (torch.int8, torch.uint8) or qparams.group_size is not None:
+    if not at_hand(x) or not fits_a_byte(qparams) or qparams.group_size is not None:
         return None
-    # int8 holds what uint8 does, 128 lower: copying to it is vectorised.
-    shift = 128 if qparams.dtype is torch.uint8 else 0
     scale = qparams.spread(qparams.scale.detach(), x)
-    zero = qparams.spread(qparams.zero_point.float() - shift, x)
+    zero = qparams.spread(qparams.zero_point.float() - lowering(qparams), x)
     if fast_path and x.ndim and qparams.axis in (None, 0) and dense(x).is_contiguous():
         code = encoder(x.device.type)
         if code.ready():
@@ -102,13 +110,13 @@ class SavingCodes(torch.autograd.graph.saved_tensors_hooks):
     """While it is entered, what autograd saves of the given tensors, or of views of them, is saved as codes.
 
     Args:
-        tensors: float32 tensors and the grids that they lie on.
+        tensors: float32 tensors and the grids that they lie on, or their codes where they are at hand.
         fast_path: As of `encode`.
     """
 
-    def __init__(self, *tensors: tuple[Tensor, QParams | None], fast_path: bool = False) -> None:
+    def __init__(self, *tensors: tuple[Tensor, QParams | Coded | None], fast_path: bool = False) -> None:
         self._fast_path = fast_path
-        self._known = {tensor.data_ptr(): (tensor, qparams) for tensor, qparams in tensors if qparams is not None}
+        self._known = {tensor.data_ptr(): (tensor, grid) for tensor, grid in tensors if grid is not None}
         self._coded: dict[int, Coded | None] = {}
         super().__init__(self._pack, _unpack)
 
@@ -127,12 +135,14 @@ class SavingCodes(torch.autograd.graph.saved_tensors_hooks):
         return kept
 
     def _coded_or_same(self, saved: Tensor) -> Tensor | tuple[Coded, torch.Size, tuple[int, ...]]:
-        tensor, qparams = self._known.get(saved.data_ptr(), (None, None))
-        if tensor is None or qparams is None or tensor.numel() != saved.numel() or tensor.dtype != saved.dtype:
+        tensor, grid = self._known.get(saved.data_ptr(), (None, None))
+        if tensor is None or grid is None or tensor.numel() != saved.numel() or tensor.dtype != saved.dtype:
             return saved
         key = saved.data_ptr()
         if key not in self._coded:
-            self._coded[key] = encode(tensor.detach(), qparams, fast_path=self._fast_path)
+            self._coded[key] = (
+                grid if isinstance(grid, Coded) else encode(tensor.detach(), grid, fast_path=self._fast_path)
+            )
         coded = self._coded[key]
         if coded is None or coded.codes.stride() != tensor.stride():  # with gaps between its values, or expanded
             return saved

@@ -186,6 +186,7 @@ class ByCode:
         quantizer: What follows it.
         rounding: Of `rounding_of`.
         otherwise: What to do where there is no code for a tensor; None where `code` is asked before.
+        low_memory: Whether to write down the codes of the output, too.
 
     Attributes:
         path: Which code the last call took.
@@ -197,8 +198,9 @@ class ByCode:
         quantizer: FakeQuantize,
         rounding: tuple[Any, ...],
         otherwise: InBlocks | None = None,
+        low_memory: bool = False,
     ) -> None:
-        self.path = "generated"
+        self.path, self._low_memory = "generated", low_memory
         self._bn, self._quantizer, self._rounding, self._otherwise = bn, quantizer, rounding, otherwise
         self._codes: dict[bool | None, Code | None] = {None: None}
 
@@ -234,7 +236,7 @@ class ByCode:
         else:
             moved = Moved(self._bn.count(), silenced, *grid, ())
         self.path = "generated"
-        return normalize_clip_quantize(y, gamma, beta, error, moved, code)
+        return normalize_clip_quantize(y, gamma, beta, error, moved, code, self._low_memory)
 
 
 def _note_data(quantizer: FakeQuantize) -> None:

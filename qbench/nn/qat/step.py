@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.fake_quantize import FakeQuantize
-from qbench.fake_quantize.producers import note_producer
+from qbench.fake_quantize.producers import codes_of, note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.epilogue import ByCode, InBlocks, bounds_of, chain_of, rounding_of
 from qbench.nn.qat.parameters import StraightParameters
@@ -30,9 +30,9 @@ def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
         return None
     layer.check_producer(x, 0)
     bn: Any = layer.bn
-    out = layer_step(x, weight, layer.linear_bias, bn.weight, bn.bias, step)
+    out, coded = layer_step(x, weight, layer.linear_bias, bn.weight, bn.bias, step)
     layer.note_path(step.follow.path)
-    return note_producer(out, layer.output_quantizer)
+    return note_producer(out, layer.output_quantizer, coded)
 
 
 def _others(layer: QatLayer) -> tuple[nn.Module | None, ...]:
@@ -58,7 +58,7 @@ def _step_of(layer: QatLayer) -> LayerStep | None:
         return None
     in_blocks = InBlocks(bn, chain)
     rounding = rounding_of(bounds, quantizer, "cpu") if layer.fast_path else None
-    follow = in_blocks if rounding is None else ByCode(bn, quantizer, rounding, in_blocks)
+    follow = in_blocks if rounding is None else ByCode(bn, quantizer, rounding, in_blocks, layer.low_memory)
     return LayerStep(linear, parameters, follow, _coder(layer, source))
 
 
@@ -66,4 +66,4 @@ def _coder(layer: QatLayer, source: FakeQuantize | None) -> Callable[[Tensor], C
     if not layer.low_memory or source is None or not source.active:
         return None
     fast = layer.fast_path
-    return lambda x: encode(x, source.snapshot(), fast_path=fast)
+    return lambda x: codes_of(x) or encode(x, source.snapshot(), fast_path=fast)

@@ -6,6 +6,7 @@ from torch import nn
 
 from qbench.nn.qat.body import QatModule
 from qbench.nn.qat.layer import QatLayer
+from qbench.nn.qat.pools import save_codes, save_values
 from qbench.nn.qat.sums import Sum
 from qbench.numerics.generated import refusals
 from qbench.report.paths import TrainingPaths
@@ -20,12 +21,14 @@ def enable_low_memory(module: nn.Module) -> None:
     """
     if isinstance(module, QatLayer):
         module.low_memory = True
+    save_codes(module)
 
 
 def disable_low_memory(module: nn.Module) -> None:
     """Save activations and weights for backward as they are again."""
     if isinstance(module, QatLayer):
         module.low_memory = False
+    save_values(module)
 
 
 def enable_fast_path(module: nn.Module) -> None:
