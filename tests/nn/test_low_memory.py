@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
+import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import qbench
+from qbench.fake_quantize.producers import codes_of
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics import blocks
 from qbench.numerics.generated_codes import encoder
-from qbench.numerics.qparams import QParams
-from qbench.numerics.saved_codes import SavingCodes, encode
+from qbench.numerics.qparams import QParams, QSpec
+from qbench.numerics.saved_codes import Coded, SavingCodes, encode
 from qbench.profiling import saved_for_backward
 
 from .support import CASES, Case, batch, make_layer
@@ -187,3 +190,64 @@ def test_generated_code_finds_the_same_codes(axis: int | None) -> None:
         assert found[1].codes.stride() == values.stride()
         for wrong in (values * 1.0000002, values + 0.001, values.clone().fill_(float("nan"))):
             assert encode(wrong, grid, fast_path=True) is None
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 4, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.body(x)
+        return found
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+def test_max_pools_keep_codes(fast: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 26, 26)
+    model = qbench.prepare_qat(qbench.fuse(Pooled()), qconfig=qbench.get_qconfig(), example_inputs=(x,)).train()
+    model.apply(qbench.enable_fast_path if fast else qbench.disable_fast_path)
+    model(x)
+    expected, plain = gradients(model, x)
+    model.apply(qbench.enable_low_memory)
+    found, small = gradients(model, x)
+    assert all(map(torch.equal, found, expected))
+    output, pooled = 4 * 16 * 24 * 24, 4 * 16 * 12 * 12
+    # A byte in place of four: of what goes into the pool, and of what goes into the second convolution.
+    assert plain - small > 3 * output + 2 * pooled
+    pool = model.body[3]
+    assert isinstance(pool, nn.MaxPool2d) and type(pool) is not nn.MaxPool2d
+    assert type(pickle.loads(pickle.dumps(pool))) is type(pool)
+    program = qbench.convert(copy.deepcopy(model).eval(), (x,))
+    assert torch.equal(program.module()(x), copy.deepcopy(model).eval()(x))
+    model.apply(qbench.disable_low_memory)
+    assert type(pool) is nn.MaxPool2d
+    assert gradients(model, x)[1] == plain
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["uint8", "int8"])
+def test_codes_that_a_layer_writes_are_those_of_its_output(signed: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 16, 12, 12)
+    spec = QSpec(signed=signed)
+    qconfig = dataclasses.replace(qbench.get_qconfig(), activation=spec)
+    model = qbench.prepare_qat(qbench.fuse(Net()), qconfig=qconfig, example_inputs=(x,)).train()
+    model.apply(qbench.enable_fast_path).apply(qbench.enable_low_memory)
+    layers = [layer for layer in model.modules() if isinstance(layer, QatLayer)]
+    noted: list[tuple[Tensor, Coded | None, QParams]] = []
+    for layer in layers:
+        quantizer = layer.output_quantizer
+        assert quantizer is not None
+        layer.register_forward_hook(
+            lambda _, __, out, quantizer=quantizer: noted.append((out.detach(), codes_of(out), quantizer.snapshot()))
+        )
+    model(x)
+    assert [layer.path for layer in layers] == ["generated"] * 4
+    for out, coded, grid in noted:
+        assert coded is not None and torch.equal(coded.value(), out)
+        expected = encode(out, grid)
+        assert expected is not None and torch.equal(coded.codes, expected.codes)
+        assert coded.codes.stride() == out.stride() and coded.codes.unique().numel() > 50

@@ -192,30 +192,18 @@ class QatModule(nn.Module):
                 "example per path, example_inputs=[(x, True), (x, False)]"
             )
         for index, x in enumerate(inputs[: len(self._sources)]):
-            self.check_producer(x, index)
-        own = self.input_quantizers
+            producer = producer_of(x)
+            if producer is not None and producer is not self._sources[index] and index not in self._requantized:
+                raise LinkError(
+                    f"input {index} of the {type(self).__name__} that puts out to {self.label} comes "
+                    f"from {getattr(producer, 'label', producer)}, which no recorded forward showed; the recorded one "
+                    f"is {self._sources[index].label}. Give prepare_qat one example per path of control flow, "
+                    "example_inputs=[(x, True), (x, False)], so that both become one"
+                )
+        own = self.input_quantizers._modules
         if not own:
             return list(inputs)
         return [own[str(i)](x) if str(i) in own else x for i, x in enumerate(inputs)]
-
-    def check_producer(self, x: Tensor, index: int) -> None:
-        """Refuse an input that comes from another quantizer than the recorded one.
-
-        Args:
-            x: The input.
-            index: Its position.
-
-        Raises:
-            LinkError: it does.
-        """
-        source, producer = (self._sources or ())[index], producer_of(x)
-        if producer is not None and producer is not source and index not in self._requantized:
-            raise LinkError(
-                f"input {index} of the {type(self).__name__} that puts out to {self.label} comes "
-                f"from {getattr(producer, 'label', producer)}, which no recorded forward showed; the recorded one "
-                f"is {source.label}. Give prepare_qat one example per path of control flow, "
-                "example_inputs=[(x, True), (x, False)], so that both become one"
-            )
 
     def _check_source(self, index: int) -> FakeQuantize:
         if self._sources is None or len(self._sources) <= index:

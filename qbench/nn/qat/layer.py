@@ -176,11 +176,11 @@ class QatLayer(QatModule):
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         """Input on its grid -> output on its grid."""
+        (x,) = self.quantized_inputs((input,))
         if self.training and not args:
-            found = training_step(self, input)
+            found = training_step(self, x)
             if found is not None:
                 return found
-        (x,) = self.quantized_inputs((input,))
         if self.uses_batch_statistics():
             return self._train_forward(x, *args)
         return self._epilogue(self.folded_output(x, *args))

@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from qbench.nn.qat.layer import QatLayer
 
 def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
-    """The output of a layer in training from one function, given its input; None where there is none for it."""
+    """The output of a layer in training from one function, given `x̂`; None where there is none for it."""
     if torch.compiler.is_compiling():
         return None
     step, weight = prepared(layer, _step_of, _others), layer.linear_weight
     if step is None or x.ndim != weight.ndim or not at_hand(x) or torch.is_autocast_enabled(x.device.type):
         return None
-    layer.check_producer(x, 0)
     bn: Any = layer.bn
     out, coded = layer_step(x, weight, layer.linear_bias, bn.weight, bn.bias, step)
     layer.note_path(step.follow.path)
@@ -46,7 +45,7 @@ def _source_of(layer: QatLayer) -> FakeQuantize | None:
 
 def _step_of(layer: QatLayer) -> LayerStep | None:
     quantizer, linear, source = layer.output_quantizer, layer.convolution(), _source_of(layer)
-    if not layer.uses_batch_statistics() or layer.sources is None or len(layer.input_quantizers):
+    if not layer.uses_batch_statistics() or layer.sources is None:
         return None
     if quantizer is None or linear is None or layer.pre_activation_quantizer is not None or quantizer.learned:
         return None
