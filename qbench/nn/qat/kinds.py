@@ -26,10 +26,10 @@ class ConvKind(QatLayer):
         return self._conv_forward(x, weight, bias)  # type: ignore[operator]
 
     def convolution(self) -> Convolution | None:
-        """See `QatLayer.convolution`: where it pads with zeros, as many on either side."""
-        layer, kind = cast("Any", self), type(self)
-        own = kind.linear is ConvKind.linear and kind._conv_forward is self.linear_type._conv_forward  # type: ignore[attr-defined]
-        if not own or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        """See `QatLayer.convolution`: where `linear` is this one, and it pads with zeros, as many on either side."""
+        layer, kind, torch_kind = cast("Any", self), cast("Any", type(self)), cast("Any", self.linear_type)
+        own = kind.linear is ConvKind.linear and kind._conv_forward is torch_kind._conv_forward
+        if not own or "linear" in vars(self) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return None
         return Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
 
