@@ -15,8 +15,8 @@ from qbench.report.paths import TrainingPaths
 def enable_low_memory(module: nn.Module) -> None:
     """Save activations and weights for backward as codes: `model.apply(qbench.enable_low_memory)`.
 
-    One byte a value in place of four, and the same gradients, bit for bit, of what goes into convolutions, linear layers
-    and max pools (which become of a class that derives from their own). In eager mode, for float32 on CPUs;
+    One byte a value in place of four, and the same gradients, bit for bit: of what goes into convolutions, linear
+    layers and max pools, which become of a class that derives from their own. In eager mode, for float32 on CPUs;
     elsewhere nothing changes, and the log of "qbench" says so once. (Under autocast a convolution saves what it
     computes with, in two bytes a value.)
     """
