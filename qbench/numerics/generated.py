@@ -42,6 +42,8 @@ _LOG = logging.getLogger("qbench")
 _NUMBERS = itertools.count()
 # Why there is no generated code in this process: one failing compiler is enough to know.
 _refused: list[str] = []
+# Inductor keeps a value in memory that it guesses to be dear. What is to be kept is said here, with `once`.
+_NOTHING_KEPT = {"realize_reads_threshold": 64, "realize_acc_reads_threshold": 64, "realize_opcount_threshold": 512}
 # Every reason that was logged.
 _reasons: list[str] = []
 _standing: dict[Any, Any] = {}
@@ -189,7 +191,8 @@ class _Backend:
         self.called: _Called | None = None
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-        graph = torch._dynamo.lookup_backend("inductor")(module, inputs)
+        with importlib.import_module("torch._inductor.config").patch(_NOTHING_KEPT):
+            graph = torch._dynamo.lookup_backend("inductor")(module, inputs)
         wanted = _inputs_of(module)
 
         def call(*args: Any) -> Sequence[Tensor]:

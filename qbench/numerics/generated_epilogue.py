@@ -130,13 +130,12 @@ def normalize_clip_quantize(
         codes = torch.empty_like(y, dtype=torch.int8)
     rows = None if codes is None else plan.in_rows(codes)
     found: Sequence[Tensor | None] = code.forward(plan.in_rows(out), rows, plan.in_rows(y), gamma, beta, error, *kept)
-    grid = (moved.scale, moved.zero_point) if plan.rounding.gradient != "none" else ()
     coded = None
     if codes is not None:
         *found, size, zero = found
         assert size is not None and zero is not None
         coded = Coded(codes, size, zero)
-    return Followed(out, (*found, *grid), functools.partial(_backward, code=code), coded)
+    return Followed(out, tuple(found), functools.partial(_backward, code=code), coded)
 
 
 def _backward(
@@ -168,7 +167,8 @@ def forward(
 ) -> Tensors:
     """The batch's μ and 1/sqrt(σ² + ε), `α` and `β'`, (channels,), and between which `v` gradients pass, () and ().
 
-    With codes, also `s` and the zero point of what is kept of them, float32, ().
+    Where the grid learns, `s` and `z` in place of the last two. With codes, also `s` and the zero point of what is kept
+    of them, float32, ().
 
     Args:
         out: Like `y`: becomes the output.
@@ -207,7 +207,8 @@ def forward(
     grid = rounding.move(low, high, scale, zero_point, state)
     steps = rounding.steps(fma(y, plan.wide(factor), plan.wide(constant)), *grid)
     out.copy_(steps * grid[0])
-    found = mean, inverse, factor, constant, *rounding.passing(*grid)
+    ends = rounding.passing(*grid) if rounding.gradient == "none" else grid
+    found = mean, inverse, factor, constant, *ends
     if codes is None:
         return found
     zero = once(grid[1].float() - lowering(rounding.spec))
@@ -221,22 +222,25 @@ def backward(grad: Tensor, y: Tensor, *rest: Any) -> Tensors:
     Args:
         grad: Like `y`.
         y: As in `forward`.
-        rest: What `forward` answers with; the grid, `s` and `z`, where they learn; then the plan.
+        rest: What `forward` answers with, then the plan.
     """
-    mean, inverse, factor, constant, above, below, *grid, plan = rest
+    mean, inverse, factor, constant, first, second, plan = rest
+    learns = plan.rounding.gradient != "none"
     axis, count = plan.rows(y), plan.count(y)
     value = fma(y, plan.wide(factor), plan.wide(constant))
-    kept = plan.rounding.passed(grad, value, above, below)
+    if learns:
+        kept, to_scale, to_zero = plan.rounding.shared(grad, value, first, second)
+    else:
+        kept = plan.rounding.passed(grad, value, first, second)
     centred = y - plan.wide(mean)
     total = kept.sum(axis).double().sum(0)
     along = (kept * centred).sum(axis).double().sum(0) * inverse
     shift, slope = once((total / count).float()), once((along / count * inverse).float())
     grad_y = (kept - plan.wide(shift) - centred * plan.wide(slope)) * plan.wide(factor)
-    if plan.rounding.gradient == "none":
+    if not learns:
         return grad_y, along.float(), total.float()
-    to_scale, to_zero = plan.rounding.to_grid(grad, value, *grid)
     grad_scale, outside = to_scale.sum(axis).double().sum(), to_zero.sum(axis).double().sum()
-    return grad_y, along.float(), total.float(), grad_scale.float(), -grid[0] * outside.float()
+    return grad_y, along.float(), total.float(), grad_scale.float(), -first * outside.float()
 
 
 def _forward_sample(plan: Plan) -> list[Tensor | None]:
@@ -257,13 +261,12 @@ def _backward_sample(plan: Plan) -> list[Tensor | None]:
     given = _forward_sample(plan)
     y = given[2]
     found = forward(*given, plan)[:6]  # type: ignore[arg-type]
-    grid = given[9:11] if plan.rounding.gradient != "none" else []
     assert y is not None
     grad = torch.randint(-5, 6, y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     if plan.rounding.gradient != "none":  # what goes to the grid is not whole: one value of each row, then
         row = plan.rows(y)
         grad = grad * (torch.arange(y.shape[row], device=y.device).view(-1, *[1] * (2 - row)) == 7)
-    return [grad, y, *found, *grid]
+    return [grad, y, *found]
 
 
 def _move(running: Tensor, batch: Tensor, silenced: Tensor | None, momentum: float) -> None:

@@ -82,10 +82,9 @@ class Rounding:
     def passing(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         """Where neither the activation nor the grid cuts: above the first number and below the second."""
         least, most = self._steps(zero_point)
-        beyond = first_beyond if self.gradient != "bounds" else _beyond_bound
-        above, below = -beyond(-least, scale), beyond(most, scale)
+        above, below = -first_beyond(-least, scale), first_beyond(most, scale)
         above = above if self.low == -math.inf else above.clamp(min=self.low)
-        return once(above), once(below if self.high == math.inf else below.clamp(max=self.high))
+        return once(above), once(below.clamp(max=self.high))
 
     def passed(self, grad: Tensor, v: Tensor, above: Tensor, below: Tensor) -> Tensor:
         """`grad` where it passes, between the ends of `passing`, else 0; like `v`."""
@@ -95,8 +94,8 @@ class Rounding:
     def _steps(self, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         return steps_from_zero(zero_point, self.spec.qmin, self.spec.qmax)
 
-    def to_grid(self, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-        """What each value hands to `s`, and to `−z·s`; like `v`."""
+    def shared(self, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the grid learns: `grad` where it passes, else 0, and what each value hands to `s` and to `−z·s`."""
         least, most = (once(steps) for steps in self._steps(zero_point))
         a = self.clip(v)
         position = a * once(1.0 / scale)
@@ -105,7 +104,13 @@ class Rounding:
             inside, within = (a >= once(least * scale)) & (a <= once(most * scale)), torch.zeros_like(a)
         else:
             inside, within = (steps >= least) & (steps <= most), steps - position
-        return grad * torch.where(inside, within, steps.maximum(least).minimum(most)), torch.where(inside, 0.0, grad)
+        passes = inside
+        if self.low > -math.inf:
+            passes = passes & (v > self.low)
+        if self.high < math.inf:
+            passes = passes & (v < self.high)
+        to_scale = grad * torch.where(inside, within, steps.maximum(least).minimum(most))
+        return torch.where(passes, grad, 0.0), to_scale, torch.where(inside, 0.0, grad)
 
     def sample(self) -> list[Tensor]:
         """A grid and an observer's state, to try it with."""
@@ -201,11 +206,6 @@ class _GeneratedLearned(torch.autograd.Function):
         return result if wanted[0] else None, *given, None, None
 
 
-def _beyond_bound(steps: Tensor, scale: Tensor) -> Tensor:
-    """The smallest float32 above `steps·s`, which is not negative."""
-    return (steps * scale + 0.0).view(torch.int32).add(1).view(torch.float32)  # −0.0 + 0.0 is +0.0
-
-
 def _round(out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensors:
     """`out`, (rows, values), becomes `v` on the grid."""
     out.copy_(rounding.round(v, scale, zero_point))
@@ -216,8 +216,8 @@ def _round_backward(
     result: Tensor, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding
 ) -> Tensors:
     """Gradients to `s` and `z`, of their shape; `result`, (rows, values), becomes that to `v`."""
-    result.copy_(rounding.passed(grad, v, *rounding.passing(scale, zero_point)))
-    to_scale, to_zero = rounding.to_grid(grad, v, scale, zero_point)
+    kept, to_scale, to_zero = rounding.shared(grad, v, scale, zero_point)
+    result.copy_(kept)
     if rounding.spec.axis is None:
         grad_scale, outside = (values.sum(1).double().sum().float() for values in (to_scale, to_zero))
     else:
