@@ -189,8 +189,8 @@ class FakeQuantize(nn.Module):
         return found
 
     def _observe(self, x: Tensor) -> None:
-        if self.scale.ndim == 0 and self.observer.by_ends and at_hand(x):
-            self.watch(x, torch.aminmax(dense(x.detach())))
+        if self.scale.ndim == 0 and self.observer.by_ends and at_hand(x) and not is_hooked(self.observer):
+            self._observe_ends(*torch.aminmax(dense(x.detach())))
         else:
             self.set_grid(self.grid_from(self.observer(x)))
 
@@ -220,10 +220,14 @@ class FakeQuantize(nn.Module):
         if ends is None:
             self._observe(x)
             return self.snapshot()
+        return self._observe_ends(*ends)
+
+    def _observe_ends(self, low: Tensor, high: Tensor) -> QParams | Numbers:
+        """`_observe` of a tensor with these ends; the grid, in numbers where they are at hand."""
         own = type(self).grid_from is not FakeQuantize.grid_from or self.scale.dtype != torch.float32
-        seen = None if own else self.observer.numbers_of_ends(*ends)
+        seen = None if own else self.observer.numbers_of_ends(low, high)
         if seen is None:
-            found = self.grid_from(self.observer.observe_ends(*ends))
+            found = self.grid_from(self.observer.observe_ends(low, high))
             self.set_grid(found)
             return found if self.scale.dtype == found.scale.dtype else self.snapshot()
         self.scale.fill_(seen.scale)

@@ -277,3 +277,13 @@ class TestPrinting:
     def test_a_weights(self) -> None:
         spec = qbench.QSpec(bits=4, symmetric=True, narrow=True, axis=0)
         assert repr(make(spec, LatestMinMaxObserver)) == "FakeQuantize(int4 symmetric per channel (axis 0))"
+
+
+def test_an_observer_that_is_watched_is_called() -> None:
+    """Ends of a tensor are counted in numbers only where nobody wants to see the observer's calls."""
+    x, spec = torch.randn(7, 5), floor.QSpec()
+    plain, watched = (FakeQuantize(spec, MovingAverageMinMaxObserver(spec)).train() for _ in range(2))
+    seen: list[int] = []
+    watched.observer.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(plain(x), watched(x)) and seen == [1]
+    assert torch.equal(plain.scale, watched.scale) and torch.equal(plain.zero_point, watched.zero_point)

@@ -21,6 +21,7 @@ from qbench.numerics.saved_codes import Coded, encode
 if TYPE_CHECKING:
     from qbench.nn.qat.layer import QatLayer
 
+
 def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     """The output of a layer in training from one function, given `x̂`; None where there is none for it."""
     if torch.compiler.is_compiling():
