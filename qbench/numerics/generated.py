@@ -137,14 +137,12 @@ class Generated:
             return
         wanted = self._eager(*theirs)
         pairs = itertools.chain(zip(found, wanted, strict=True), zip(ours, theirs, strict=True))
-        if not all(_equal(a, b) for a, b in pairs):
+        if not all(same_bits(a, b) for a, b in pairs):
             self._give_up("generated code gives other bits than PyTorch's operators here")
 
     def _give_up(self, reason: object) -> None:
-        text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
-        self.failed = text
-        _reasons.append(text)
-        _LOG.warning("fast path: %s; the plain path goes on, with the same codes", text)
+        self.failed = note_refusal(reason)
+        _LOG.warning("fast path: %s; the plain path goes on, with the same codes", self.failed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +155,13 @@ class BothWays:
     def ready(self) -> bool:
         """Whether both directions are compiled and checked; where they are not, the log says why."""
         return self.forward.ready() and self.backward.ready()
+
+
+def note_refusal(reason: object) -> str:
+    """Note why there is no code, an exception or a text; answers with the text."""
+    text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+    _reasons.append(text)
+    return text
 
 
 def refusals() -> tuple[str, ...]:
@@ -308,7 +313,8 @@ def _on_arguments(guards: Sequence[Any]) -> list[bool]:
     return [not entry.name or "tensors" in entry.name for entry in guards]
 
 
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both are there and equal, down to the signs of their zeros, or neither is."""
     if a is None or b is None:
         return a is b
     return torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())

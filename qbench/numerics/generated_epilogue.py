@@ -98,7 +98,7 @@ class Code(BothWays):
 def generated_code(last: bool, momentum: float, eps: float, *rounding: Any) -> Code:
     """Both directions of a plan; `rounding` is what `Rounding` is made of."""
     plan = Plan(last, momentum, eps, Rounding(*rounding))
-    return Code(generated(forward, _forward_sample, plan), generated(backward, _backward_sample, plan), plan)
+    return Code(generated(forward, forward_sample, plan), generated(backward, backward_sample, plan), plan)
 
 
 def normalize_clip_quantize(
@@ -243,7 +243,7 @@ def backward(grad: Tensor, y: Tensor, *rest: Any) -> Tensors:
     return grad_y, along.float(), total.float(), grad_scale.float(), -first * outside.float()
 
 
-def _forward_sample(plan: Plan) -> list[Tensor | None]:
+def forward_sample(plan: Plan) -> list[Tensor | None]:
     """Arguments of `forward` whose sums are exact in any order: whole numbers, each with its opposite beside it."""
     generator = torch.Generator().manual_seed(0)
     half = torch.randint(-9, 10, (4, 24, 512), generator=generator).float()
@@ -256,9 +256,9 @@ def _forward_sample(plan: Plan) -> list[Tensor | None]:
     return [torch.empty_like(found[0]), codes, *found[:4], None, *found[4:], *plan.rounding.sample()]
 
 
-def _backward_sample(plan: Plan) -> list[Tensor | None]:
+def backward_sample(plan: Plan) -> list[Tensor | None]:
     """The same for `backward`."""
-    given = _forward_sample(plan)
+    given = forward_sample(plan)
     y = given[2]
     found = forward(*given, plan)[:6]  # type: ignore[arg-type]
     assert y is not None

@@ -12,6 +12,7 @@ is asked for. The values are those that were used in forward, to the bit.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -20,12 +21,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from qbench.numerics.blocks import at_hand, dense
 from qbench.numerics.fused import Followed
 from qbench.numerics.qparams import QParams
 from qbench.numerics.saved_codes import Coded
 
 #: Of more weights than this, Ŵ/k is rounded again in backward; fewer cost less memory than rounding them costs time.
 KEPT_WEIGHTS, KEPT_WEIGHTS_LOW_MEMORY = 1 << 18, 1 << 13
+
+
+class _Room(threading.local):
+    """Memory of a thread for the one `Ŵ/k` that is at work: fresh memory costs as much as rounding into it."""
+
+    def __init__(self) -> None:
+        self._values: Tensor | None = None
+
+    def like(self, weight: Tensor) -> Tensor | None:
+        """Room for a weight, which holds anything; None where it has gaps in memory, or is no float32 on a CPU."""
+        if not at_hand(weight) or not dense(weight).is_contiguous():
+            return None
+        if self._values is None or self._values.numel() < weight.numel():
+            self._values = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
+        return self._values.as_strided(weight.shape, weight.stride())
+
+
+_ROOM = _Room()
 
 
 class TrainingParameters(NamedTuple):
@@ -84,15 +104,18 @@ Learned = tuple["Tensor | None", "Tensor | None"]
 
 
 class Parameters(Protocol):
-    """Finds `Ŵ/k` and `e`, without gradients."""
+    """Finds `Ŵ/k` and `e`, without gradients.
+
+    Where `room` is given, like W, `Ŵ/k` may be put there, and comes with its grid: it is not kept.
+    """
 
     def __call__(
-        self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+        self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, room: Tensor | None
     ) -> TrainingParameters:
         """From W, b, γ and β."""
         ...
 
-    def again(self, weight: Tensor, qparams: QParams) -> Tensor:
+    def again(self, weight: Tensor, qparams: QParams, room: Tensor | None) -> Tensor:
         """`Ŵ/k` from W and the grid that was found."""
         ...
 
@@ -159,18 +182,19 @@ class _Layer(torch.autograd.Function):
         step: LayerStep,
         codes: list[Coded | None],
     ) -> Tensor:
-        found = step.parameters(weight, bias, gamma, beta)
+        again = weight.numel() > (KEPT_WEIGHTS if step.coded is None else KEPT_WEIGHTS_LOW_MEMORY)
+        room = _ROOM.like(weight) if again else None
+        found = step.parameters(weight, bias, gamma, beta, room)
         y = step.linear(x, found.weight, bias)
-        if y.numel() == y.shape[1]:
+        if y.size(0) == 1 and y.numel() == y.size(1):
             F.batch_norm(y, None, None, training=True)  # one value a channel: it refuses, in its own words
         followed = step.follow(y, gamma, beta, found.error, found.silenced)
         coded = step.coded(x) if step.coded is not None and any(ctx.needs_input_grad) else None
         codes.append(followed.coded)
-        again = weight.numel() > (KEPT_WEIGHTS if step.coded is None else KEPT_WEIGHTS_LOW_MEMORY)
         ctx.step, ctx.back, ctx.coded = step, followed.backward, coded is not None
-        ctx.grid = found.qparams if again else None
+        grid = ctx.grid = found.qparams if again and room is not None else None
         inputs = (x,) if coded is None else (coded.codes, coded.scale, coded.zero)
-        ctx.save_for_backward(weight if again else found.weight, y, *inputs, *followed.saved)
+        ctx.save_for_backward(found.weight if grid is None else weight, y, *inputs, *followed.saved)
         return followed.out
 
     @staticmethod
@@ -181,7 +205,7 @@ class _Layer(torch.autograd.Function):
             x, saved = Coded(x, *saved[:2]).value(), saved[2:]
         grid: QParams | None = ctx.grid
         if grid is not None:
-            weight = ctx.step.parameters.again(weight, grid)
+            weight = ctx.step.parameters.again(weight, grid, _ROOM.like(weight))
         wanted = ctx.needs_input_grad
         needed = True, *wanted[3:5], False, False, False
         grad_y, grad_gamma, grad_beta, *_ = ctx.back(grads[0], y, tuple(saved), needed)

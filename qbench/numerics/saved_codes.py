@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qbench.numerics.blocks import Scratch, at_hand, dense, in_blocks
 from qbench.numerics.generated_codes import encoded, encoder
+from qbench.numerics.native.library import loaded
 from qbench.numerics.qparams import QParams, QSpec
 
 
@@ -64,9 +65,17 @@ class Coded:
     def value(self) -> Tensor:
         """The tensor."""
         found = torch.empty_like(self.codes, dtype=torch.float32)
+        functions = loaded()
+        if functions is not None and self.scale.numel() == 1 and _is_dense_int8(self.codes):
+            functions.decode(self.codes, self.scale, self.zero, self.codes.numel(), found)
+            return found
         for target, codes, scale, zero in in_blocks(found, self.codes, self.scale, self.zero):
             target.copy_(codes).sub_(zero).mul_(scale)
         return found
+
+
+def _is_dense_int8(codes: Tensor) -> bool:
+    return codes.dtype is torch.int8 and codes.is_cpu and dense(codes).is_contiguous()
 
 
 def lowering(codes: QParams | QSpec) -> int:

@@ -128,3 +128,16 @@ class MovingAverageMinMaxObserver(Observer):
             self.expect(self.uses)
             state_dict[name] = self.recent
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def weight_of_newest(observer: Observer) -> float | None:
+    """The weight of the newest range in what an observer follows, −1 where it keeps the hull of all; None for others.
+
+    What it follows then is told by this number and by the range that it has: code that knows neither classes nor
+    subclasses can do the same.
+    """
+    follow = type(observer).follow
+    if follow is MovingAverageMinMaxObserver.follow and not observer.state()[2:]:
+        assert isinstance(observer, MovingAverageMinMaxObserver)
+        return observer.averaging_constant
+    return -1.0 if follow is MinMaxObserver.follow else None

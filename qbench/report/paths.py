@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 #: What each path is: of a layer that was not called yet, none.
 PATHS = {
+    "native": "C++",
     "generated": "generated code",
     "fused": "one function in blocks",
     "steps": "step by step",

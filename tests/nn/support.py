@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numerics import support as floor
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ from qbench.nn import intrinsic as nni
 from qbench.nn import qat as nnqat
 from qbench.nn.intrinsic import qat as nniqat
 from qbench.nn.qat.layer import QatLayer
+
+
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No C++, so that generated code serves what it would."""
+    monkeypatch.setattr("qbench.nn.qat.epilogue.following", lambda *_: None)
+    monkeypatch.setattr("qbench.nn.qat.fast_parameters.native_parameters", lambda *_: None)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

@@ -16,7 +16,7 @@ import qbench
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.learned import LearnedFakeQuantize
 from qbench.nn.qat import epilogue as epilogue_module
-from qbench.nn.qat import parameters as parameters_module
+from qbench.nn.qat import fast_parameters
 from qbench.nn.qat.epilogue import rule_of
 from qbench.nn.qat.layer import QatLayer
 from qbench.numerics import generated as generated_module
@@ -28,11 +28,19 @@ from qbench.numerics.layer_step import normalized
 from qbench.numerics.qparams import QSpec, fake_quantize, inside_range
 from qbench.observers import MovingAverageMinMaxObserver
 
+from .support import without_native
+
 # Compiling takes its time: the second layout is for the long run.
 LAYOUTS = (
     pytest.param(torch.contiguous_format, id="contiguous"),
     pytest.param(torch.channels_last, id="channels_last", marks=pytest.mark.slow),
 )
+
+
+@pytest.fixture(autouse=True)
+def generated_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ is the business of test_native.py."""
+    without_native(monkeypatch)
 
 
 def network() -> nn.Module:
@@ -273,7 +281,7 @@ class TestWithoutACompiler:
         made: dict[object, Generated] = {}
         monkeypatch.setattr(torch, "compile", compile)
         monkeypatch.setattr(generated_module, "_refused", [])
-        for module in (generated_epilogue, generated_rounding, parameters_module):
+        for module in (generated_epilogue, generated_rounding, fast_parameters):
             monkeypatch.setattr(module, "generated", fresh)
         for cached in (generated_epilogue.generated_code, generated_rounding.clip_code):
             monkeypatch.setattr(epilogue_module, cached.__name__, functools.lru_cache(cached.__wrapped__))

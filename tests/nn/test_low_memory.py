@@ -20,7 +20,7 @@ from qbench.numerics.qparams import QParams, QSpec
 from qbench.numerics.saved_codes import Coded, SavingCodes, encode
 from qbench.profiling import saved_for_backward
 
-from .support import CASES, Case, batch, make_layer
+from .support import CASES, Case, batch, make_layer, without_native
 
 
 @pytest.fixture(autouse=True)
@@ -228,8 +228,13 @@ def test_max_pools_keep_codes(fast: bool) -> None:
     assert gradients(model, x)[1] == plain
 
 
+@pytest.mark.parametrize("path", ["native", "generated"])
 @pytest.mark.parametrize("signed", [False, True], ids=["uint8", "int8"])
-def test_codes_that_a_layer_writes_are_those_of_its_output(signed: bool) -> None:
+def test_codes_that_a_layer_writes_are_those_of_its_output(
+    signed: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "generated":
+        without_native(monkeypatch)
     torch.manual_seed(0)
     x = torch.randn(4, 16, 12, 12)
     spec = QSpec(signed=signed)
@@ -245,7 +250,7 @@ def test_codes_that_a_layer_writes_are_those_of_its_output(signed: bool) -> None
             lambda _, __, out, quantizer=quantizer: noted.append((out.detach(), codes_of(out), quantizer.snapshot()))
         )
     model(x)
-    assert [layer.path for layer in layers] == ["generated"] * 4
+    assert [layer.path for layer in layers] == [path] * 4
     for out, coded, grid in noted:
         assert coded is not None and torch.equal(coded.value(), out)
         expected = encode(out, grid)

@@ -183,24 +183,26 @@ class QatModule(nn.Module):
         Raises:
             LinkError: this module was not reached when links were recorded, or not from this quantizer.
         """
+        own, sources = self.input_quantizers._modules, self._sources
+        if len(inputs) == 1 and sources and not own and producer_of(inputs[0]) is sources[0]:
+            return list(inputs)  # the usual case: of what follows, nothing would be found
         if self.output_quantizer is None:
             return list(inputs)
-        if self._sources is None:
+        if sources is None:
             raise LinkError(
                 f"{type(self).__name__} that puts out to {self.label or '(an unprepared module)'} "
                 "does not know the quantizer of its input: no recorded forward reached it. Give prepare_qat one "
                 "example per path, example_inputs=[(x, True), (x, False)]"
             )
-        for index, x in enumerate(inputs[: len(self._sources)]):
+        for index, x in enumerate(inputs[: len(sources)]):
             producer = producer_of(x)
-            if producer is not None and producer is not self._sources[index] and index not in self._requantized:
+            if producer is not None and producer is not sources[index] and index not in self._requantized:
                 raise LinkError(
                     f"input {index} of the {type(self).__name__} that puts out to {self.label} comes "
                     f"from {getattr(producer, 'label', producer)}, which no recorded forward showed; the recorded one "
-                    f"is {self._sources[index].label}. Give prepare_qat one example per path of control flow, "
+                    f"is {sources[index].label}. Give prepare_qat one example per path of control flow, "
                     "example_inputs=[(x, True), (x, False)], so that both become one"
                 )
-        own = self.input_quantizers._modules
         if not own:
             return list(inputs)
         return [own[str(i)](x) if str(i) in own else x for i, x in enumerate(inputs)]
@@ -231,13 +233,10 @@ class QatModule(nn.Module):
         """
         if torch.compiler.is_compiling():  # noting the path would make the second call compile again
             return None
-        found = generated_epilogue(y, *step) if self.fast_path and self.training else None
-        path = "generated"
-        if found is None:
-            found = fused_epilogue(y, *step)
-            path = "steps" if found is None else "fused"
+        fast = generated_epilogue(y, *step) if self.fast_path and self.training else None
+        found = fused_epilogue(y, *step) if fast is None else fast[0]
         if self.training:
-            self.note_path(path)
+            self.note_path(fast[1] if fast is not None else "steps" if found is None else "fused")
         return found
 
     def note_path(self, path: str) -> None:

@@ -33,8 +33,10 @@ from qbench.numerics.generated import DEVICES, Generated, standing_for
 from qbench.numerics.generated_epilogue import Code, Moved, generated_code, normalize_clip_quantize
 from qbench.numerics.generated_rounding import clip_code, clip_quantize, learned_code, round_learned
 from qbench.numerics.interval import is_served
-from qbench.numerics.layer_step import Follow, Learned, normalized
+from qbench.numerics.layer_step import Follow, FollowByPath, Learned, normalized
+from qbench.numerics.native.steps import Following, Remembered, following
 from qbench.observers import Observer
+from qbench.observers.min_max import weight_of_newest
 
 Step = Callable[[Tensor], Tensor]
 
@@ -74,8 +76,8 @@ def generated_epilogue(
     bn: TrainingBatchNorm | None,
     bounds: tuple[float, float] | None,
     quantizer: FakeQuantize | None,
-) -> Tensor | None:
-    """`fused_epilogue` by generated code; None where there is none for it.
+) -> tuple[Tensor, str] | None:
+    """`fused_epilogue` by C++ or generated code, and which it was; None where there is neither for it.
 
     Args:
         y: As there.
@@ -88,25 +90,30 @@ def generated_epilogue(
     learned = quantizer if isinstance(quantizer, LearnedFakeQuantize) else None
     if bn is None and learned is None:
         clip = ClipByCode.of(bounds, quantizer, y.device.type)
-        return None if clip is None else clip(y)
+        clipped = None if clip is None else clip(y)
+        return None if clipped is None else (clipped, "generated")
     rounding = rounding_of(bounds, quantizer, y.device.type)
     if rounding is None:
         return None
     if bn is not None:
-        follow = ByCode(bn, quantizer, rounding)
-        if not _is_plain(bn, y) or follow.code(y) is None:
+        if not _is_plain(bn, y):
+            return None
+        follow = fastest(bn, quantizer, bounds, y.device.type)
+        if isinstance(follow, InBlocks) or (isinstance(follow, ByCode) and follow.code(y) is None):
             return None
         if learned is None:
             out = _normalized(y, bn, follow)
         else:
+            assert isinstance(follow, ByCode)
             grid, gradients = _learned_grid(y, learned)
             out = learned.regularized(_normalized(y, bn, functools.partial(follow, grid=grid), gradients))
-        return note_producer(out, quantizer)
+        return note_producer(out, quantizer), follow.path
     assert learned is not None
     code = learned_code(*rounding)
     if not dense(y).is_contiguous() or not code.ready():
         return None
-    return note_producer(learned.regularized(round_learned(y, *_learned_grid(y, learned), code)), quantizer)
+    out = learned.regularized(round_learned(y, *_learned_grid(y, learned), code))
+    return note_producer(out, quantizer), "generated"
 
 
 def _learned_grid(y: Tensor, quantizer: LearnedFakeQuantize) -> tuple[tuple[Tensor, Tensor], Learned]:
@@ -237,6 +244,83 @@ class ByCode:
             moved = Moved(self._bn.count(), silenced, *grid, ())
         self.path = "generated"
         return normalize_clip_quantize(y, gamma, beta, error, moved, code, self._low_memory)
+
+
+class ByNative:
+    """The same by C++.
+
+    Args:
+        bn: The BatchNorm.
+        quantizer: What follows it.
+        steps: What the functions do.
+        otherwise: What to do where there are none for a tensor.
+        low_memory: Whether to write down the codes of the output, too.
+
+    Attributes:
+        path: Which code the last call took.
+    """
+
+    def __init__(
+        self,
+        bn: TrainingBatchNorm,
+        quantizer: FakeQuantize,
+        steps: Following,
+        otherwise: FollowByPath,
+        low_memory: bool = False,
+    ) -> None:
+        self.path, self._low_memory = "native", low_memory
+        self._holder, self._quantizer, self._steps, self._otherwise = bn.holder, quantizer, steps, otherwise
+        self._backward = functools.partial(_native_backward, steps=steps)
+
+    def __call__(
+        self, y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, silenced: Tensor | None
+    ) -> fused.Followed:
+        """See `Follow`."""
+        bn, quantizer = self._holder, self._quantizer
+        grid, observed = quantizer._buffers, quantizer.observer._buffers
+        scale, zero_point = grid["scale"], grid["zero_point"]
+        low, high = observed.get("min_val", scale), observed.get("max_val", scale)
+        assert scale is not None and zero_point is not None and low is not None and high is not None
+        to = Remembered(bn.running_mean, bn.running_var, bn.num_batches_tracked, low, high, scale, zero_point)
+        found = self._steps.forward(y, gamma, beta, error, silenced, to, self._low_memory)
+        if found is None:
+            followed = self._otherwise(y, gamma, beta, error, silenced)
+            self.path = self._otherwise.path
+            return followed
+        self.path = "native"
+        _note_data(quantizer)
+        out, saved, coded = found
+        return fused.Followed(out, (saved,), self._backward, coded)
+
+
+def fastest(
+    bn: TrainingBatchNorm,
+    quantizer: FakeQuantize,
+    bounds: tuple[float, float] | None,
+    device: str,
+    low_memory: bool = False,
+) -> FollowByPath:
+    """What follows a linear part by the fastest code that there is: C++, generated code, or operators in blocks."""
+    rounding, chain = rounding_of(bounds, quantizer, device), chain_of(bounds, quantizer)
+    in_blocks = None if chain is None else InBlocks(bn, chain)
+    if rounding is None:
+        assert in_blocks is not None
+        return in_blocks
+    generated = ByCode(bn, quantizer, rounding, in_blocks, low_memory)
+    observes, weight = rounding[3] is not None, weight_of_newest(quantizer.observer)
+    if quantizer.learned or device != "cpu" or (observes and weight is None):
+        return generated
+    steps = following(weight if observes else None, bn.holder.momentum, bn.holder.eps, *rounding)
+    return generated if steps is None else ByNative(bn, quantizer, steps, generated, low_memory)
+
+
+def _native_backward(
+    grad: Tensor, y: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], *, steps: Following
+) -> tuple[Tensor | None, ...]:
+    grad_y, *others = steps.backward(grad, y, saved[0])
+    # The gradient to e, which is added to β, is that to β.
+    given = zip((*others, others[1]), wanted[1:4], strict=True)
+    return grad_y, *(value if asked else None for value, asked in given), None, None
 
 
 def _note_data(quantizer: FakeQuantize) -> None:

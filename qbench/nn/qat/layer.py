@@ -24,11 +24,9 @@ from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
 from qbench.nn.qat.epilogue import bounds_of, epilogue
+from qbench.nn.qat.fast_parameters import fast_parameters, fast_weight_and_bias
 from qbench.nn.qat.parameters import (
     Folding,
-    generated_parameters,
-    generated_weight_and_bias,
-    parameter_code,
     training_parameters,
 )
 from qbench.nn.qat.step import training_step
@@ -195,11 +193,11 @@ class QatLayer(QatModule):
     def _folded_parameters(self) -> tuple[Tensor, Tensor | None, QParams]:
         """`Ŵ`, `b̂` and the grid of `Ŵ`."""
         input_scale = self._input_scale()
-        if self.fast_path and self.training and self.batch_norm is None and self.bias_quantizer is not None:
-            folding, learned = self.folding(), input_scale is None or input_scale.requires_grad
-            code = None if learned else parameter_code(folding, self.linear_weight, None)
-            if code is not None:
-                return generated_weight_and_bias(folding, self.linear_weight, self.linear_bias, input_scale, code)
+        plain = self.batch_norm is None and self.bias_quantizer is not None
+        if plain and self.fast_path and self.training and input_scale is not None and not input_scale.requires_grad:
+            found = fast_weight_and_bias(self.folding(), self.linear_weight, self.linear_bias, input_scale)
+            if found is not None:
+                return found
         grid, folded, scale = self.quantized_parameters()
         weight = grid.folded() if self.weight_quantizer.fake_quant_enabled else grid.folded_float()
         return weight, self._deployed_bias(folded, scale), grid.qparams
@@ -233,9 +231,9 @@ class QatLayer(QatModule):
     def _training_parameters(self) -> TrainingParameters:
         folding, bn, input_scale = self.folding(), self._bn_tensors(), self._input_scale()
         if self.fast_path and bn is not None and not (input_scale is not None and input_scale.requires_grad):
-            code = parameter_code(folding, self.linear_weight, bn.eps)
-            if code is not None:
-                return generated_parameters(folding, self.linear_weight, self.linear_bias, bn, input_scale, code)
+            found = fast_parameters(folding, self.linear_weight, self.linear_bias, bn, input_scale)
+            if found is not None:
+                return found
         # The bias error hands no gradient to BatchNorm and bias.
         bias = None if self.linear_bias is None else self.linear_bias.detach()
         return training_parameters(folding, self.linear_weight, bias, bn and _detached(bn), input_scale)

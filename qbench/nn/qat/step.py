@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import codes_of, note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
-from qbench.nn.qat.epilogue import ByCode, InBlocks, bounds_of, chain_of, rounding_of
-from qbench.nn.qat.parameters import StraightParameters
+from qbench.nn.qat.epilogue import InBlocks, bounds_of, chain_of, fastest
+from qbench.nn.qat.fast_parameters import StraightParameters
 from qbench.nn.qat.prepared import prepared
 from qbench.numerics.blocks import at_hand
 from qbench.numerics.layer_step import LayerStep, layer_step
@@ -27,7 +27,7 @@ def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling():
         return None
     step, weight = prepared(layer, _step_of, _others), layer.linear_weight
-    if step is None or x.ndim != weight.ndim or not at_hand(x) or torch.is_autocast_enabled(x.device.type):
+    if step is None or x.ndim != weight.ndim or not at_hand(x) or torch.is_autocast_enabled("cpu"):
         return None
     bn: Any = layer.bn
     out, coded = layer_step(x, weight, layer.linear_bias, bn.weight, bn.bias, step)
@@ -56,9 +56,8 @@ def _step_of(layer: QatLayer) -> LayerStep | None:
     chain = chain_of(bounds, quantizer)
     if parameters is None or chain is None or not bn.plain(layer.linear_weight):
         return None
-    in_blocks = InBlocks(bn, chain)
-    rounding = rounding_of(bounds, quantizer, "cpu") if layer.fast_path else None
-    follow = in_blocks if rounding is None else ByCode(bn, quantizer, rounding, in_blocks, layer.low_memory)
+    fast = layer.fast_path
+    follow = fastest(bn, quantizer, bounds, "cpu", layer.low_memory) if fast else InBlocks(bn, chain)
     return LayerStep(linear, parameters, follow, _coder(layer, source))
 
 

@@ -1,0 +1,281 @@
+"""The parameters of a layer by C++ or by generated code, where nothing about them learns.
+
+The definition is `qbench.nn.qat.parameters`; what is here has its bits, which is tried on a sample first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.fake_quantize import FakeQuantize
+from qbench.fake_quantize.base import is_hooked
+from qbench.nn.qat.parameters import Folding, bias_error, rounding_code, training_parameters
+from qbench.numerics.bias import WIDEST_STORED_BITS
+from qbench.numerics.blocks import at_hand, channels_are_last, from_memory_order, in_memory_order, in_rows
+from qbench.numerics.fold import BatchNormTensors
+from qbench.numerics.generated import DEVICES, Generated, Tensors, generated, same_bits, standing_for
+from qbench.numerics.layer_step import TrainingParameters
+from qbench.numerics.native import steps as native
+from qbench.numerics.native.library import library, refuse
+from qbench.numerics.qparams import QParams
+from qbench.numerics.straight_through import round_to_grid, straight_through
+from qbench.observers import LatestMinMaxObserver
+
+
+def parameter_code(folding: Folding, weight: Tensor, eps: float | None) -> Generated | None:
+    """Generated code for the parameters; None where there is none for it: quantizers that clip, scales that learn.
+
+    Args:
+        folding: How.
+        weight: `W`.
+        eps: The BatchNorm's, for `generated_parameters`; None without a BatchNorm, for `generated_weight_and_bias`.
+    """
+    if not folding.straight or folding.layout.transposed or not at_hand(weight, DEVICES):
+        return None
+    if is_hooked(folding.weight_quantizer, folding.weight_quantizer.observer) or channels_are_last(weight) is None:
+        return None
+    if eps is None:
+        code = generated(_weight_and_bias, _sample_without_bn, _rule_of(folding), weight.device.type)
+    else:
+        code = generated(_training_parameters, _sample, _rule_of(folding), eps, weight.device.type)
+    return code if code.ready() else None
+
+
+def native_parameters(folding: Folding, weight: Tensor, eps: float | None) -> native.Parameters | None:
+    """The parameters by C++; None where there is nothing for them. Arguments as of `parameter_code`."""
+    quantizer, bias = folding.weight_quantizer, folding.bias_quantizer
+    if not folding.straight or folding.layout.transposed or not at_hand(weight):
+        return None
+    if is_hooked(quantizer, quantizer.observer) or type(quantizer.observer) is not LatestMinMaxObserver:
+        return None
+    if bias is not None and (bias.spec.scale != "input_weight" or bias.spec.bits > WIDEST_STORED_BITS):
+        return None
+    return _native_parameters(_rule_of(folding), eps)
+
+
+@functools.lru_cache(maxsize=256)
+def _native_parameters(folding: Folding, eps: float | None) -> native.Parameters | None:
+    functions, bias = library(), folding.bias_quantizer
+    if functions is None:
+        return None
+    rule = (0, 0) if bias is None else (bias.spec.bits, bias.spec.code_limit)
+    found = native.Parameters(folding.weight_quantizer.spec, *rule, eps, functions)
+    with torch.no_grad():
+        ours, wanted = _by_both(found, folding, eps)
+    if ours is not None and all(map(same_bits, ours, wanted)):
+        return found
+    refuse("other bits than PyTorch's operators here")
+    return None
+
+
+def _by_both(functions: native.Parameters, folding: Folding, eps: float | None) -> tuple[native.Found | None, Tensors]:
+    """What C++ and PyTorch's operators make of a sample."""
+    if eps is None:
+        weight, bias, input_scale = _sample_without_bn(folding, "cpu")
+        assert weight is not None
+        by_operators = _weight_and_bias(weight, bias, input_scale, folding, "cpu")
+        return functions(weight, bias, None, None, None, None, input_scale), by_operators
+    given: Any = _sample(folding, eps, "cpu")
+    by_operators = _training_parameters(*given, folding=folding, eps=eps, device="cpu")
+    return functions(*given), by_operators
+
+
+def generated_parameters(
+    folding: Folding,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormTensors,
+    input_scale: Tensor | None,
+    code: Generated,
+) -> TrainingParameters:
+    """`training_parameters` by generated code.
+
+    Args:
+        folding: How.
+        weight: `W`, float32.
+        bias: `b`, (out,), or None.
+        bn: The BatchNorm's tensors.
+        input_scale: `s_in`, (), without a gradient, or None.
+        code: Of `parameter_code`.
+    """
+    last = bool(channels_are_last(weight))
+    given = in_memory_order(weight, last).flatten(1), bias, bn.gamma, bn.beta, bn.mean, bn.var, input_scale
+    value, step, error, silenced = code(*given)
+    assert value is not None and step is not None
+    value = from_memory_order(value, weight, last)
+    return TrainingParameters(straight_through(weight, value), _grid_of(step, folding), error, silenced)
+
+
+def fast_parameters(
+    folding: Folding, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors, input_scale: Tensor | None
+) -> TrainingParameters | None:
+    """`training_parameters` by C++ or generated code, with the gradient to `W`; None where there is none for it.
+
+    Args:
+        folding: How.
+        weight: `W`, float32.
+        bias: `b`, (out,), or None.
+        bn: The BatchNorm's tensors.
+        input_scale: `s_in`, (), without a gradient, or None.
+    """
+    functions = native_parameters(folding, weight, bn.eps)
+    found = functions and functions(weight, bias, bn.gamma, bn.beta, bn.mean, bn.var, input_scale)
+    if found:
+        value, step, error, silenced = found
+        return TrainingParameters(straight_through(weight, value), _grid_of(step, folding), error, silenced)
+    code = parameter_code(folding, weight, bn.eps)
+    return None if code is None else generated_parameters(folding, weight, bias, bn, input_scale, code)
+
+
+def fast_weight_and_bias(
+    folding: Folding, weight: Tensor, bias: Tensor | None, input_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None, QParams] | None:
+    """`Ŵ`, `b̂` (None where it is float) and the grid of `Ŵ` of a layer without BatchNorm, by C++ or generated code.
+
+    None where there is none for it.
+
+    Args:
+        folding: How.
+        weight: `W`, float32.
+        bias: `b`, (out,), or None.
+        input_scale: `s_in`, (), without a gradient, or None.
+    """
+    functions = native_parameters(folding, weight, None)
+    found = functions and functions(weight, bias, None, None, None, None, input_scale)
+    if found:
+        value, step, rounded, _ = found
+    else:
+        code = parameter_code(folding, weight, None)
+        if code is None:
+            return None
+        last = bool(channels_are_last(weight))
+        unfolded, found_step, rounded = code(in_memory_order(weight, last).flatten(1), bias, input_scale)
+        assert unfolded is not None and found_step is not None
+        value, step = from_memory_order(unfolded, weight, last), found_step
+    rounded = rounded if rounded is None or bias is None else straight_through(bias, rounded)
+    return straight_through(weight, value), rounded, _grid_of(step, folding)
+
+
+def _grid_of(step: Tensor, folding: Folding) -> QParams:
+    spec = folding.weight_quantizer.spec
+    return QParams(step, _zeros(len(step), step.device), spec.qmin, spec.qmax, spec.axis)
+
+
+@functools.lru_cache(maxsize=1024)
+def _zeros(channels: int, device: torch.device) -> Tensor:
+    """The zero points of symmetric grids, which nobody writes to."""
+    return torch.zeros(channels, dtype=torch.int32, device=device)
+
+
+@dataclasses.dataclass(frozen=True)
+class StraightParameters:
+    """The parameters of a layer whose weight gets the gradient of `Ŵ/k`, and whose scales get none.
+
+    Attributes:
+        folding: How.
+        bn: The BatchNorm.
+        source: The quantizer of the input where it is on a grid; else None.
+        functions: Of `native_parameters`, or None.
+        code: Of `parameter_code`, or None.
+    """
+
+    folding: Folding
+    bn: Any
+    source: FakeQuantize | None
+    functions: native.Parameters | None
+    code: Generated | None
+
+    @classmethod
+    def of(cls, folding: Folding, bn: Any, source: FakeQuantize | None, weight: Tensor) -> StraightParameters | None:
+        """Those of a layer; None where its parameters are not of this kind."""
+        source = source if source is not None and source.active else None
+        if not folding.straight or (source is not None and source.learned):
+            return None
+        functions = native_parameters(folding, weight, bn.eps) if folding.fast_path else None
+        code = parameter_code(folding, weight, bn.eps) if folding.fast_path and functions is None else None
+        return cls(folding, bn, source, functions, code)
+
+    def __call__(
+        self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, room: Tensor | None = None
+    ) -> TrainingParameters:
+        """See `qbench.numerics.layer_step.Parameters`."""
+        bn = BatchNormTensors(gamma, beta, self.bn.running_mean, self.bn.running_var, self.bn.eps)
+        input_scale = None if self.source is None else self.source.scale.float()
+        if self.functions is not None:
+            found = self.functions(weight, bias, gamma, beta, bn.mean, bn.var, input_scale, room)
+            if found is not None:
+                grid = None if room is None else _grid_of(found.step, self.folding)
+                return TrainingParameters(found.value, grid, found.error, found.silenced)
+        if self.code is None:
+            return training_parameters(self.folding, weight, bias, bn, input_scale)
+        return generated_parameters(self.folding, weight, bias, bn, input_scale, self.code)
+
+    def again(self, weight: Tensor, qparams: QParams, room: Tensor | None = None) -> Tensor:
+        """See `qbench.numerics.layer_step.Parameters`."""
+        value = torch.empty_like(weight) if room is None else room
+        if self.functions is not None and self.functions.again(weight, qparams.scale, value):
+            return value
+        code = None if self.code is None else rounding_code(weight, qparams, self.folding.weight_quantizer)
+        if code is None:
+            return round_to_grid(weight, qparams.spread(qparams.scale, weight), qparams.qmin, qparams.qmax)
+        code.forward(in_rows(value), in_rows(weight), qparams.scale[:, None], qparams.zero_point[:, None])
+        return value
+
+
+def _training_parameters(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    input_scale: Tensor | None,
+    folding: Folding,
+    eps: float,
+    device: str,
+) -> Tensors:
+    """`Ŵ/k`, (out, …), its step (out,), `e` and the channels that are silenced, (out,)."""
+    grid, folded, scale = folding.parameters(weight, bias, BatchNormTensors(gamma, beta, mean, var, eps), input_scale)
+    qparams = grid.unfolded_qparams()
+    assert qparams is not None
+    return grid.unfolded(), qparams.scale, bias_error(folding, folded, scale), grid.silenced
+
+
+def _weight_and_bias(
+    weight: Tensor, bias: Tensor | None, input_scale: Tensor | None, folding: Folding, device: str
+) -> Tensors:
+    """`Ŵ`, (out, …), its scale (out,), and `b̂`, (out,), where there is one."""
+    grid, folded, scale = folding.parameters(weight, bias, None, input_scale)
+    quantizer = folding.bias_quantizer
+    rounded = None if scale is None or quantizer is None else quantizer(folded, scale)
+    return grid.folded(), grid.qparams.scale, rounded
+
+
+def _sample_without_bn(folding: Folding, device: str) -> list[Tensor | None]:
+    """Arguments of `_weight_and_bias` with channels of every kind."""
+    weight, _, _, bias, *_, input_scale = _sample(folding, 0.0, device)
+    return [weight, bias, input_scale]
+
+
+def _sample(folding: Folding, eps: float, device: str) -> list[Tensor | None]:
+    """Arguments of `_training_parameters` with channels of every kind: usual ones, γ = 0, no weights, a huge bias."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 45, generator=generator)
+    weight[3] = 0.0
+    gamma, beta, mean = torch.randn(3, 24, generator=generator)
+    gamma[5], beta[7] = 0.0, 1e6
+    var = torch.rand(24, generator=generator) + 0.1
+    found = [weight, gamma, beta, mean, var, torch.tensor(0.02)]
+    weight, *others = (value.to(device) for value in found)
+    return [weight, None, *others]
+
+
+def _rule_of(folding: Folding) -> Folding:
+    observer, quantizer = folding.weight_quantizer.observer, folding.bias_quantizer
+    key = folding.weight_quantizer.spec, type(observer), observer.settings(), quantizer and quantizer.spec
+    return standing_for(folding, Folding, *key)

@@ -1,0 +1,514 @@
+// A layer in training on a CPU: its weight and bias error, what follows its convolution, and the gradients of that.
+//
+// The values are those of `nn/qat/parameters.py` and `numerics/generated_epilogue.py`, operation by operation: what is
+// rounded there is rounded here, and nothing else is; `std::fma` stands where those round once. Sums of rows are taken
+// in float32, sums of these in float64. NaN goes through.
+//
+// Activations are (outer, channels, inner), or (outer, inner, channels) where `last`. What may be missing is said by
+// `given`, a bit each; a pointer to anything stands in its place.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include <omp.h>
+
+#if !defined(__FMA__) && !defined(__aarch64__)
+#error "a processor with fused products is needed: without, each costs a call"
+#endif
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kSmallestScale = 0x1p-100f;
+constexpr float kSmallestBiasScale = 0x1p-120f;
+constexpr float kLargestStep = 0x1p100f;
+constexpr int64_t kRows = 64;  // so many are summed in float32 where channels are last
+
+enum Given : int64_t {
+    kBias = 1,
+    kGamma = 2,
+    kBeta = 4,
+    kInputScale = 8,
+    kBatchNorm = 16,
+    kError = 32,
+    kSilenced = 64,
+    kBatches = 128,
+    kObserves = 256,
+    kCodes = 512,
+};
+
+double double_of(int64_t bits) {
+    double found;
+    std::memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+float float_of(int32_t bits) {
+    float found;
+    std::memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+int32_t bits_of(float x) {
+    int32_t found;
+    std::memcpy(&found, &x, sizeof found);
+    return found;
+}
+
+float at_least(float x, float low) { return x < low ? low : x; }
+float at_most(float x, float high) { return x > high ? high : x; }
+float larger(float a, float b) { return a >= b || a != a ? a : b; }
+float smaller(float a, float b) { return a <= b || a != a ? a : b; }
+
+// Rows are shared out among threads; each gets those from `first` to `end`.
+struct Share {
+    int64_t first, end;
+    explicit Share(int64_t rows) {
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        first = rows * thread / threads;
+        end = rows * (thread + 1) / threads;
+    }
+};
+
+void round_row(const float* weight, int64_t values, float step, float low, float high, float* value) {
+    const float inverse = 1.0f / step;
+#pragma omp simd
+    for (int64_t i = 0; i < values; ++i) value[i] = at_most(at_least(std::rint(weight[i] * inverse), low), high) * step;
+}
+
+// max |W| of a row; NaN where there is one.
+float largest_of(const float* weight, int64_t values) {
+    float largest = 0.0f;
+    int32_t broken = 0;
+#pragma omp simd reduction(max : largest) reduction(| : broken)
+    for (int64_t i = 0; i < values; ++i) {
+        const float size = std::fabs(weight[i]);
+        largest = size > largest ? size : largest;
+        broken |= weight[i] != weight[i];
+    }
+    return broken ? std::numeric_limits<float>::quiet_NaN() : largest;
+}
+
+// Ŵ/k and e, or without a BatchNorm Ŵ and b̂.
+void parameters(const float* weight, const float* bias, const float* gamma, const float* beta, const float* mean,
+                const float* var, const float* input_scale, int64_t given, int64_t channels, int64_t values,
+                int64_t eps, int64_t qmin, int64_t qmax, int64_t bias_bits, int64_t code_limit, float* value,
+                float* step, float* error, bool* silenced) {
+    const bool normalized = given & kBatchNorm;
+    const double lowest = -std::exp2(static_cast<double>(bias_bits - 1)), highest = -lowest - 1.0;
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < channels; ++c) {
+        const float* row = weight + c * values;
+        const float own = at_least(largest_of(row, values) / static_cast<float>(qmax), kSmallestScale);
+        float factor = 1.0f, folded = given & kBias ? bias[c] : 0.0f;
+        if (normalized) {
+            const float deviation = static_cast<float>(std::sqrt(static_cast<double>(var[c]) + double_of(eps)));
+            factor = (given & kGamma ? gamma[c] : 1.0f) / deviation;
+            const float centred = given & kBias ? bias[c] - mean[c] : -mean[c];
+            folded = given & kBeta ? beta[c] + factor * centred : factor * centred;
+        }
+        float found = normalized ? at_most(own, kLargestStep) : own;
+        silenced[c] = false;
+        if (given & kInputScale) {
+            const double room = static_cast<double>(code_limit) * static_cast<double>(*input_scale);
+            const double needed = std::fabs(static_cast<double>(folded)) / room;
+            float floor = std::nextafter(static_cast<float>(needed), kInfinity) * (needed > 0 ? 1.0f : 0.0f);
+            floor = larger(floor, kSmallestBiasScale / *input_scale);
+            float scale;
+            if (normalized) {
+                const float size = std::fabs(factor);
+                const bool live = size > 0;
+                found = at_most(larger(own, live ? floor / size : 0.0f), kLargestStep);
+                scale = at_least(live && found < kLargestStep ? size * found : floor, kSmallestScale);
+                const float largest = own * static_cast<float>(qmax);
+                const bool raised = found > own && own > kSmallestScale;
+                silenced[c] = live && raised && largest > 0 && largest * (1.0f / found) <= 0.5f;
+            } else {
+                scale = found = larger(own, floor);
+            }
+            scale = *input_scale * scale;
+            double code = std::rint(static_cast<double>(folded) / static_cast<double>(scale));
+            code = code != code ? 0.0 : std::min(std::max(code, lowest), highest);
+            const float rounded = static_cast<float>(code + 0.0) * scale;
+            error[c] = normalized ? rounded - folded : rounded;
+        }
+        step[c] = found;
+        round_row(row, values, found, static_cast<float>(qmin), static_cast<float>(qmax), value + c * values);
+    }
+}
+
+// Ŵ/k once more, from the step that was found.
+void again(const float* weight, const float* step, int64_t channels, int64_t values, int64_t qmin, int64_t qmax,
+           float* value) {
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < channels; ++c)
+        round_row(weight + c * values, values, step[c], static_cast<float>(qmin), static_cast<float>(qmax),
+                  value + c * values);
+}
+
+struct Sums {
+    double first = 0.0, second = 0.0;  // Σ(y − centre), Σ(y − centre)²
+    float centre = 0.0f, low = kInfinity, high = -kInfinity;
+};
+
+void sum_rows(const float* y, int64_t outer, int64_t channels, int64_t inner, std::vector<Sums>& found) {
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < channels; ++c) {
+        Sums sums;
+        float start = 0.0f;
+#pragma omp simd reduction(+ : start)
+        for (int64_t i = 0; i < inner; ++i) start += y[c * inner + i];
+        sums.centre = start / static_cast<float>(inner);
+        for (int64_t n = 0; n < outer; ++n) {
+            const float* row = y + (n * channels + c) * inner;
+            const float centre = sums.centre;
+            float first = 0.0f, second = 0.0f, low = sums.low, high = sums.high;
+#pragma omp simd reduction(+ : first, second) reduction(min : low) reduction(max : high)
+            for (int64_t i = 0; i < inner; ++i) {
+                const float value = row[i], shifted = value - centre;
+                first += shifted;
+                second += shifted * shifted;
+                low = value < low ? value : low;
+                high = value > high ? value : high;
+            }
+            sums.first += first;
+            sums.second += second;
+            sums.low = low;
+            sums.high = high;
+        }
+        found[c] = sums;
+    }
+}
+
+void sum_columns(const float* y, int64_t rows, int64_t channels, std::vector<Sums>& found) {
+    const int64_t sample = std::min(rows, kRows);
+    std::vector<float> centres(channels, 0.0f);
+    for (int64_t r = 0; r < sample; ++r)
+        for (int64_t c = 0; c < channels; ++c) centres[c] += y[r * channels + c];
+    for (int64_t c = 0; c < channels; ++c) found[c].centre = centres[c] /= static_cast<float>(sample);
+    std::vector<std::vector<Sums>> parts(omp_get_max_threads());
+#pragma omp parallel
+    {
+        const Share share(rows);
+        std::vector<double> total(2 * channels, 0.0);
+        std::vector<float> room(4 * channels);
+        float *first = room.data(), *second = first + channels, *low = second + channels, *high = low + channels;
+        const float* centre = centres.data();
+        std::fill(low, low + channels, kInfinity);
+        std::fill(high, high + channels, -kInfinity);
+        for (int64_t start = share.first; start < share.end; start += kRows) {
+            std::fill(first, first + 2 * channels, 0.0f);
+            for (int64_t r = start; r < std::min(start + kRows, share.end); ++r) {
+                const float* row = y + r * channels;
+#pragma omp simd
+                for (int64_t c = 0; c < channels; ++c) {
+                    const float value = row[c], shifted = value - centre[c];
+                    first[c] += shifted;
+                    second[c] += shifted * shifted;
+                    low[c] = value < low[c] ? value : low[c];
+                    high[c] = value > high[c] ? value : high[c];
+                }
+            }
+            for (int64_t c = 0; c < 2 * channels; ++c) total[c] += room[c];
+        }
+        for (int64_t c = 0; c < channels; ++c)
+            parts[omp_get_thread_num()].push_back({total[c], total[channels + c], centre[c], low[c], high[c]});
+    }
+    for (const std::vector<Sums>& part : parts)  // in this order, so that it is the same in each run
+        for (size_t c = 0; c < part.size(); ++c) {
+            found[c].first += part[c].first;
+            found[c].second += part[c].second;
+            found[c].low = std::min(found[c].low, part[c].low);
+            found[c].high = std::max(found[c].high, part[c].high);
+        }
+}
+
+// μ, 1/sqrt(σ² + ε), α and β' of the batch, (4, channels) at `kept`, and the ends of the activation behind them, (2,)
+// at `ends`; the running statistics move, and the batch is counted.
+void statistics(const float* y, const float* gamma, const float* beta, const float* error, const bool* silenced,
+                float* running_mean, float* running_var, int64_t* batches, int64_t given, int64_t outer,
+                int64_t channels, int64_t inner, int64_t last, int64_t eps, float momentum, float rest, float low,
+                float high, float* kept, float* ends) {
+    std::vector<Sums> found(channels);
+    if (last)
+        sum_columns(y, outer * inner, channels, found);
+    else
+        sum_rows(y, outer, channels, inner, found);
+    const double count = static_cast<double>(outer * inner);
+    float *mean = kept, *inverse = kept + channels, *factor = inverse + channels, *constant = factor + channels;
+    float lowest = kInfinity, highest = -kInfinity;
+    for (int64_t c = 0; c < channels; ++c) {
+        const double offset = found[c].first / count;
+        double variance = found[c].second / count - offset * offset;
+        variance = variance < 0.0 ? 0.0 : variance;
+        mean[c] = static_cast<float>(static_cast<double>(found[c].centre) + offset);
+        inverse[c] = static_cast<float>(1.0 / std::sqrt(variance + double_of(eps)));
+        if (!(given & kSilenced && silenced[c])) {
+            const float unbiased = static_cast<float>(variance * (count / (count - 1.0)));
+            running_mean[c] = momentum * mean[c] + rest * running_mean[c];
+            running_var[c] = momentum * unbiased + rest * running_var[c];
+        }
+        factor[c] = given & kGamma ? inverse[c] * gamma[c] : inverse[c];
+        float shift = given & kError ? error[c] : 0.0f;
+        if (given & kBeta) shift = given & kError ? beta[c] + shift : beta[c];
+        constant[c] = std::fma(-mean[c], factor[c], shift);
+        const float a = std::fma(found[c].low, factor[c], constant[c]);
+        const float b = std::fma(found[c].high, factor[c], constant[c]);
+        lowest = smaller(lowest, at_most(at_least(smaller(a, b), low), high));
+        highest = larger(highest, at_most(at_least(larger(a, b), low), high));
+        if (a != a || b != b) lowest = highest = a + b;
+    }
+    ends[0] = lowest;
+    ends[1] = highest;
+    if (given & kBatches) ++*batches;
+}
+
+// What is known of a quantizer per tensor: `QSpec`, and how its observer follows ranges.
+struct Rule {
+    int64_t qmin, qmax;
+    bool symmetric;
+    float weight;  // of the newest range in a moving average; negative for the range of everything seen
+};
+
+// The observer's range, and `s` and `z`, after a tensor with these ends: `Observer.follow`, then `grid_of`.
+void observe(float low, float high, const Rule rule, float* min_val, float* max_val, float* scale, int32_t* zero) {
+    if (rule.weight < 0.0f) {
+        low = smaller(*min_val, low);
+        high = larger(*max_val, high);
+    } else if (!(*min_val > *max_val)) {  // otherwise nothing was seen yet
+        low = *min_val + rule.weight * (low - *min_val);
+        high = *max_val + rule.weight * (high - *max_val);
+    }
+    *min_val = low;
+    *max_val = high;
+    const int64_t half = rule.qmin < 0 ? rule.qmax : (rule.qmax - rule.qmin) / 2;
+    if (rule.symmetric) {
+        *scale = at_least(larger(-low, high) / static_cast<float>(half), kSmallestScale);
+        *zero = rule.qmin < 0 ? 0 : static_cast<int32_t>(rule.qmin + half + 1);
+        return;
+    }
+    low = at_most(low, 0.0f);
+    *scale = at_least((at_least(high, 0.0f) - low) / static_cast<float>(rule.qmax - rule.qmin), kSmallestScale);
+    const float first = static_cast<float>(rule.qmin), shift = first - std::rint(low / *scale);
+    *zero = static_cast<int32_t>(at_most(at_least(shift != shift ? 0.0f : shift, first), static_cast<float>(rule.qmax)));
+}
+
+// The smallest float v with rne(v · (1/s)) > steps: `interval.first_beyond`.
+float first_beyond(float steps, float scale) {
+    constexpr int32_t kReach = 4, kInfinityBits = 0x7F800000;
+    const float inverse = 1.0f / scale;
+    const int32_t start = bits_of((steps + 0.5f) * scale) - kReach;
+    int32_t found = start;
+    for (int32_t offset = 0; offset < 2 * kReach; ++offset)
+        found += std::rint(float_of(std::min(start + offset, kInfinityBits)) * inverse) <= steps;
+    return float_of(std::min(found, kInfinityBits));
+}
+
+// The grid, and the activation before it: both clamps are one.
+struct Grid {
+    float scale, inverse, low, high;
+    Grid(float size, float least, float most, float from, float to) : scale(size), inverse(1.0f / size) {
+        const float first = least * scale, end = most * scale;
+        low = from == -kInfinity ? first : smaller(at_least(first, from), end);
+        high = to == kInfinity ? end : larger(at_most(end, to), first);
+    }
+    float steps(float v) const {
+        float clipped = v > low ? v : low;
+        clipped = clipped < high ? clipped : high;
+        return std::rint((v != v ? v : clipped) * inverse);
+    }
+};
+
+template <bool kWithCodes>
+void quantize_all(const float* y, int64_t outer, int64_t channels, int64_t inner, bool last, const float* factor,
+                  const float* constant, const Grid grid, float zero, float* out, int8_t* codes) {
+    const int64_t rows = last ? outer * inner : outer * channels, columns = last ? channels : inner;
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* row = y + r * columns;
+        float* target = out + r * columns;
+        int8_t* code = kWithCodes ? codes + r * columns : nullptr;
+        if (last) {
+#pragma omp simd
+            for (int64_t c = 0; c < columns; ++c) {
+                const float steps = grid.steps(std::fma(row[c], factor[c], constant[c]));
+                target[c] = steps * grid.scale;
+                if (kWithCodes) code[c] = static_cast<int8_t>(static_cast<int32_t>(steps + zero));
+            }
+        } else {
+            const float a = factor[r % channels], b = constant[r % channels];
+#pragma omp simd
+            for (int64_t i = 0; i < columns; ++i) {
+                const float steps = grid.steps(std::fma(row[i], a, b));
+                target[i] = steps * grid.scale;
+                if (kWithCodes) code[i] = static_cast<int8_t>(static_cast<int32_t>(steps + zero));
+            }
+        }
+    }
+}
+
+// The activation of α·y + β' on the grid. Behind `kept` come: between which values gradients pass, `s`, and what stands
+// for zero in the codes, which are `lowered` by so much.
+void quantize(const float* y, float* kept, const float* scale, const int32_t* zero_point, int64_t given, int64_t outer,
+              int64_t channels, int64_t inner, int64_t last, float low, float high, int64_t qmin, int64_t qmax,
+              int64_t lowered, float* out, int8_t* codes) {
+    const float *factor = kept + 2 * channels, *constant = kept + 3 * channels;
+    const float zero = static_cast<float>(*zero_point);
+    const float least = static_cast<float>(qmin) - zero, most = static_cast<float>(qmax) - zero;
+    const Grid grid(*scale, least, most, low, high);
+    float* more = kept + 4 * channels;
+    more[0] = at_least(-first_beyond(-least, *scale), low);
+    more[1] = at_most(first_beyond(most, *scale), high);
+    more[2] = *scale;
+    more[3] = zero - static_cast<float>(lowered);
+    if (given & kCodes)
+        quantize_all<true>(y, outer, channels, inner, last, factor, constant, grid, more[3], out, codes);
+    else
+        quantize_all<false>(y, outer, channels, inner, last, factor, constant, grid, more[3], out, codes);
+}
+
+// What follows a convolution: the three of them, one after the other.
+void forward(const float* y, const float* gamma, const float* beta, const float* error, const bool* silenced,
+             float* running_mean, float* running_var, int64_t* batches, float* min_val, float* max_val, float* scale,
+             int32_t* zero_point, int64_t given, int64_t outer, int64_t channels, int64_t inner, int64_t last,
+             int64_t eps, float momentum, float rest, float low, float high, int64_t qmin, int64_t qmax,
+             int64_t lowered, int64_t symmetric, float weight, float* kept, float* out, int8_t* codes) {
+    float ends[2];
+    statistics(y, gamma, beta, error, silenced, running_mean, running_var, batches, given, outer, channels, inner, last,
+               eps, momentum, rest, low, high, kept, ends);
+    if (given & kObserves)
+        observe(ends[0], ends[1], {qmin, qmax, symmetric != 0, weight}, min_val, max_val, scale,
+                zero_point);
+    quantize(y, kept, scale, zero_point, given, outer, channels, inner, last, low, high, qmin, qmax, lowered, out,
+             codes);
+}
+
+// What BatchNorm's backward subtracts, for a channel.
+struct Slope {
+    float shift, slope;
+    Slope(double total, double products, double count, float inverse, float* grad_gamma, float* grad_beta) {
+        const double along = products * static_cast<double>(inverse);
+        shift = static_cast<float>(total / count);
+        slope = static_cast<float>(along / count * static_cast<double>(inverse));
+        *grad_gamma = static_cast<float>(along);
+        *grad_beta = static_cast<float>(total);
+    }
+};
+
+float passed(float grad, float v, float above, float below) {
+    const float under = v < below ? grad : 0.0f;
+    return v > above ? under : 0.0f;
+}
+
+void backward_of_rows(const float* grad, const float* y, const float* kept, int64_t outer, int64_t channels,
+                      int64_t inner, float* grad_y, float* grad_gamma, float* grad_beta) {
+    const float above = kept[4 * channels], below = kept[4 * channels + 1];
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < channels; ++c) {
+        const float mean = kept[c], factor = kept[2 * channels + c], constant = kept[3 * channels + c];
+        double total = 0.0, products = 0.0;
+        for (int64_t n = 0; n < outer; ++n) {
+            const float *row = y + (n * channels + c) * inner, *given = grad + (n * channels + c) * inner;
+            float sum = 0.0f, product = 0.0f;
+#pragma omp simd reduction(+ : sum, product)
+            for (int64_t i = 0; i < inner; ++i) {
+                const float value = passed(given[i], std::fma(row[i], factor, constant), above, below);
+                sum += value;
+                product += value * (row[i] - mean);
+            }
+            total += sum;
+            products += product;
+        }
+        const Slope by(total, products, static_cast<double>(outer * inner), kept[channels + c], grad_gamma + c,
+                       grad_beta + c);
+        for (int64_t n = 0; n < outer; ++n) {
+            const int64_t start = (n * channels + c) * inner;
+            const float *row = y + start, *given = grad + start;
+            float* target = grad_y + start;
+#pragma omp simd
+            for (int64_t i = 0; i < inner; ++i) {
+                const float value = passed(given[i], std::fma(row[i], factor, constant), above, below);
+                target[i] = ((value - by.shift) - (row[i] - mean) * by.slope) * factor;
+            }
+        }
+    }
+}
+
+void backward_of_columns(const float* grad, const float* y, const float* kept, int64_t rows, int64_t channels,
+                         float* grad_y, float* grad_gamma, float* grad_beta) {
+    const float above = kept[4 * channels], below = kept[4 * channels + 1];
+    const float *mean = kept, *factor = kept + 2 * channels, *constant = kept + 3 * channels;
+    std::vector<std::vector<double>> parts(omp_get_max_threads());
+    std::vector<float> slopes(2 * channels);
+    float *shift = slopes.data(), *slope = shift + channels;
+#pragma omp parallel
+    {
+        const Share share(rows);
+        std::vector<double>& total = parts[omp_get_thread_num()];
+        total.assign(2 * channels, 0.0);
+        std::vector<float> room(2 * channels);
+        float *sum = room.data(), *product = sum + channels;
+        for (int64_t start = share.first; start < share.end; start += kRows) {
+            std::fill(room.begin(), room.end(), 0.0f);
+            for (int64_t r = start; r < std::min(start + kRows, share.end); ++r) {
+                const float *row = y + r * channels, *given = grad + r * channels;
+#pragma omp simd
+                for (int64_t c = 0; c < channels; ++c) {
+                    const float value = passed(given[c], std::fma(row[c], factor[c], constant[c]), above, below);
+                    sum[c] += value;
+                    product[c] += value * (row[c] - mean[c]);
+                }
+            }
+            for (int64_t c = 0; c < 2 * channels; ++c) total[c] += room[c];
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < channels; ++c) {
+            double along = 0.0, across = 0.0;
+            for (const std::vector<double>& part : parts) {
+                across += part.empty() ? 0.0 : part[c];
+                along += part.empty() ? 0.0 : part[channels + c];
+            }
+            const Slope by(across, along, static_cast<double>(rows), kept[channels + c], grad_gamma + c,
+                           grad_beta + c);
+            shift[c] = by.shift;
+            slope[c] = by.slope;
+        }
+        for (int64_t r = share.first; r < share.end; ++r) {
+            const float *row = y + r * channels, *given = grad + r * channels;
+            float* target = grad_y + r * channels;
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) {
+                const float value = passed(given[c], std::fma(row[c], factor[c], constant[c]), above, below);
+                target[c] = ((value - shift[c]) - (row[c] - mean[c]) * slope[c]) * factor[c];
+            }
+        }
+    }
+}
+
+// Gradients to y, γ and β, given that of the output.
+void backward(const float* grad, const float* y, const float* kept, int64_t outer, int64_t channels, int64_t inner,
+              int64_t last, float* grad_y, float* grad_gamma, float* grad_beta) {
+    if (last)
+        backward_of_columns(grad, y, kept, outer * inner, channels, grad_y, grad_gamma, grad_beta);
+    else
+        backward_of_rows(grad, y, kept, outer, channels, inner, grad_y, grad_gamma, grad_beta);
+}
+
+// (c − z)·s of codes that share a grid.
+void decode(const int8_t* codes, const float* scale, const float* zero, int64_t values, float* out) {
+    constexpr int64_t kBlock = 1 << 12;
+    const float size = *scale, offset = *zero;
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < values; block += kBlock) {
+        const int64_t end = std::min(block + kBlock, values);
+#pragma omp simd
+        for (int64_t i = block; i < end; ++i) out[i] = (static_cast<float>(codes[i]) - offset) * size;
+    }
+}
+
+}  // namespace

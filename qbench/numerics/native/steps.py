@@ -1,0 +1,310 @@
+"""A layer's steps in training by the functions of `layer.cpp`.
+
+    parameters      W, b, γ, β, μ_r, σ²_r, s_in   →   Ŵ/k, its step, e
+    forward         y, γ, β, e                    →   μ, 1/sqrt(σ² + ε), α, β'; the range moves; the output
+    backward        g, y, what was found          →   gradients to y, γ, β
+
+Of the observers, the two that keep a range of minima and maxima are known here; others are served by generated code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import struct
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qbench.numerics.blocks import channels_are_last
+from qbench.numerics.generated import same_bits
+from qbench.numerics.generated_epilogue import Plan, backward_sample, forward_sample
+from qbench.numerics.generated_epilogue import backward as backward_by_operators
+from qbench.numerics.generated_epilogue import forward as forward_by_operators
+from qbench.numerics.generated_rounding import Rounding
+from qbench.numerics.native.library import Library, library, refuse
+from qbench.numerics.qparams import QSpec
+from qbench.numerics.saved_codes import Coded, fits_a_byte, lowering
+
+# Which of the things that may be missing are there: `Given` in layer.cpp.
+_BIAS, _GAMMA, _BETA, _INPUT_SCALE, _BATCH_NORM, _ERROR, _SILENCED, _BATCHES, _OBSERVES, _CODES = (
+    1 << bit for bit in range(10)
+)
+
+
+class Found(NamedTuple):
+    """What `Parameters` found.
+
+    Attributes:
+        value: `Ŵ/k`, or `Ŵ` without a BatchNorm.
+        step: Its scale, (out,).
+        error: `e`, (out,), or `b̂` without a BatchNorm; None where the bias stays float.
+        silenced: Bool (out,): channels whose weights are all 0 because of the bias.
+    """
+
+    value: Tensor
+    step: Tensor
+    error: Tensor | None
+    silenced: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """The parameters of a layer whose weight has a symmetric range a channel, its own, and whose bias follows from it.
+
+    Attributes:
+        spec: Of the weight.
+        bias_bits: Width of the bias.
+        code_limit: Largest |q_b|; 0 where the bias stays float.
+        eps: The BatchNorm's; None where there is none.
+    """
+
+    spec: QSpec
+    bias_bits: int
+    code_limit: int
+    eps: float | None
+    functions: Library
+
+    def __call__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        input_scale: Tensor | None,
+        room: Tensor | None = None,
+    ) -> Found | None:
+        """As `qbench.nn.qat.parameters.training_parameters`; None where a tensor is not as C++ expects it.
+
+        Args:
+            weight: `W`, (out, …), float32 on a CPU, like all others; each channel in one piece of memory.
+            bias: `b`, (out,), or None.
+            gamma: `γ`, (out,), or None.
+            beta: `β`, (out,), or None.
+            mean: `μ_r`, (out,), with a BatchNorm.
+            var: `σ²_r`, (out,), with a BatchNorm.
+            input_scale: `s_in`, (), or None.
+            room: Where to put the value, like `W`; None for memory of its own.
+        """
+        channels = len(weight)
+        if not (_all_usable(channels, bias, gamma, beta, mean, var) and _in_one_piece(weight)):
+            return None
+        given = (bias is not None) * _BIAS + (gamma is not None) * _GAMMA + (beta is not None) * _BETA
+        given += (self.eps is not None) * _BATCH_NORM
+        rounds = self.code_limit > 0 and input_scale is not None
+        if rounds:
+            if not _usable(input_scale, 1):
+                return None
+            given += _INPUT_SCALE
+        value = torch.empty_like(weight) if room is None else room
+        step, error = weight.new_empty(channels), weight.new_empty(channels)
+        silenced = weight.new_empty(channels, dtype=torch.bool)
+        tensors = (weight if one is None else one for one in (bias, gamma, beta, mean, var, input_scale))
+        sizes = given, channels, weight.numel() // channels, _bits(self.eps or 0.0)
+        rule = self.spec.qmin, self.spec.qmax, self.bias_bits, self.code_limit
+        self.functions.parameters(weight, *tensors, *sizes, *rule, value, step, error, silenced)
+        return Found(value, step, error if rounds else None, silenced)
+
+    def again(self, weight: Tensor, step: Tensor, value: Tensor) -> bool:
+        """Round to the value once more; answers whether that was done.
+
+        Args:
+            weight: As before.
+            step: As found before.
+            value: Like `W`, written to.
+        """
+        channels = len(weight)
+        if not _in_one_piece(weight) or value.stride() != weight.stride() or not _usable(step, channels):
+            return False
+        sizes = channels, weight.numel() // channels
+        self.functions.again(weight, step, *sizes, self.spec.qmin, self.spec.qmax, value)
+        return True
+
+
+class Remembered(NamedTuple):
+    """What a step writes to, apart from its output; on a CPU, of one piece of memory each.
+
+    Attributes:
+        mean: `μ_r`, float32, (channels,).
+        var: `σ²_r`, float32, (channels,).
+        batches: How many batches there were, int64, (); or None.
+        min_val: The observer's lowest value, float32, (); anything where nothing observes.
+        max_val: Its highest.
+        scale: `s`, float32, ().
+        zero_point: `z`, int32, ().
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None
+    min_val: Tensor
+    max_val: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+class Following:
+    """BatchNorm, an activation that clamps, and a quantizer per tensor.
+
+    Args:
+        plan: Either way of its channels.
+        weight: Of the newest range in a moving average; −1 for the range of everything seen; None where it stays.
+        functions: Of `layer.cpp`.
+    """
+
+    def __init__(self, plan: Plan, weight: float | None, functions: Library) -> None:
+        rounding, spec = plan.rounding, plan.rounding.spec
+        self._functions, self._fits = functions, fits_a_byte(spec)
+        self._given = 0 if weight is None else _OBSERVES
+        batch_norm = _bits(plan.eps), plan.momentum, 1.0 - plan.momentum
+        grid = rounding.low, rounding.high, spec.qmin, spec.qmax, lowering(spec)
+        self._rule = *batch_norm, *grid, int(spec.symmetric), 0.0 if weight is None else weight
+
+    def forward(
+        self,
+        y: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        error: Tensor | None,
+        silenced: Tensor | None,
+        to: Remembered,
+        with_codes: bool = False,
+    ) -> tuple[Tensor, Tensor, Coded | None] | None:
+        """The output, what `backward` needs, and the output's codes where they are asked for and fit into a byte.
+
+        None where a tensor is not as C++ expects it: nothing was written to then.
+
+        Args:
+            y: (batch, channels, …), float32 on a CPU, like all others.
+            gamma: `γ`, (channels,), or None for ones.
+            beta: `β`, (channels,), or None for zeros.
+            error: `e`, (channels,), or None for zeros.
+            silenced: Bool (channels,): channels whose running statistics stay; or None.
+            to: What is written to.
+            with_codes: Whether to write down the codes.
+        """
+        sizes = _sizes(y)
+        if sizes is None or not _all_usable(sizes[1], gamma, beta, error, to.mean, to.var):
+            return None
+        if not _all_usable(1, to.min_val, to.max_val, to.scale) or not _is_counter(to.batches):
+            return None
+        with_codes = with_codes and self._fits
+        given = self._given + (gamma is not None) * _GAMMA + (beta is not None) * _BETA + (error is not None) * _ERROR
+        given += (silenced is not None) * _SILENCED + (to.batches is not None) * _BATCHES + with_codes * _CODES
+        kept, out = y.new_empty(4 * sizes[1] + 4), torch.empty_like(y)
+        codes = torch.empty_like(y, dtype=torch.int8) if with_codes else out
+        tensors = (y if one is None else one for one in (gamma, beta, error, silenced, *to))
+        self._functions.forward(y, *tensors, given, *sizes, *self._rule, kept, out, codes)
+        # Autograd hears of what was written to.
+        torch.autograd.graph.increment_version((to.scale, to.zero_point))
+        return out, kept, Coded(codes, kept[-2], kept[-1]) if with_codes else None
+
+    def backward(self, grad: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients to y, γ and β.
+
+        Args:
+            grad: That to the output.
+            y: As in `forward`.
+            kept: What that answered with.
+        """
+        if grad.stride() != y.stride() or grad.dtype is not torch.float32:
+            grad = torch.empty_like(y).copy_(grad)
+        sizes = _sizes(y)
+        assert sizes is not None
+        grad_y, grad_gamma, grad_beta = torch.empty_like(y), y.new_empty(sizes[1]), y.new_empty(sizes[1])
+        self._functions.backward(grad, y, kept, *sizes, grad_y, grad_gamma, grad_beta)
+        return grad_y, grad_gamma, grad_beta
+
+
+@functools.lru_cache(maxsize=256)
+def following(weight: float | None, momentum: float, eps: float, *rounding: Any) -> Following | None:
+    """The steps of a layer by C++; None where there are none, or none with the same bits.
+
+    Args:
+        weight: As of `Following`.
+        momentum: Of the BatchNorm.
+        eps: Of the BatchNorm.
+        rounding: What `Rounding` is made of: on a CPU, a grid that does not learn.
+    """
+    plan, functions = Plan(False, momentum, eps, Rounding(*rounding)), library()
+    if plan.rounding.spec.power_of_two or functions is None:
+        return None
+    found = Following(plan, weight, functions)
+    if all(_agrees(found, dataclasses.replace(plan, last=last)) for last in (False, True)):
+        return found
+    refuse("other bits than PyTorch's operators here")
+    return None
+
+
+@torch.no_grad()
+def _agrees(steps: Following, plan: Plan) -> bool:
+    """Whether two steps, one after the other, give the bits of PyTorch's operators."""
+    ours, theirs = forward_sample(plan), forward_sample(plan)
+    grad, *_ = backward_sample(plan)
+    fits = fits_a_byte(plan.rounding.spec)
+    if not fits:
+        ours[1] = theirs[1] = None
+    for _ in range(2):
+        out, codes, y, gamma, beta, error, _, *rest = ours
+        mean, var, scale, zero_point, *state = (value for value in rest if value is not None)
+        low, high = state or (scale, scale)
+        to = Remembered(mean, var, None, low, high, scale, zero_point)
+        seen = _as_image(y, plan)
+        found = steps.forward(seen, gamma, beta, error, None, to, fits)
+        if found is None:
+            return False
+        _as_image(out, plan).copy_(found[0])
+        kept, coded = found[1:]
+        if coded is not None:
+            _as_image(codes, plan).copy_(coded.codes)
+        grad_y, *others = steps.backward(_as_image(grad, plan), seen, kept)
+        wanted = forward_by_operators(*theirs, plan)  # type: ignore[arg-type]
+        wanted_grad, *wanted_others = backward_by_operators(grad, theirs[2], *wanted[:6], plan)  # type: ignore[arg-type]
+        numbers = *kept[:-4].view(4, -1), *kept[-4 : len(kept) if fits else -2]
+        pairs = zip((*numbers, *others, *ours), (*wanted, *wanted_others, *theirs), strict=True)
+        if not all(same_bits(a, b) for a, b in pairs) or not same_bits(grad_y, _as_image(wanted_grad, plan)):
+            return False
+        for sample in (ours[2], theirs[2]):
+            assert sample is not None
+            sample.mul_(1.5)
+    return True
+
+
+def _as_image(values: Tensor | None, plan: Plan) -> Tensor:
+    """(outer, channels, inner), or (outer, inner, channels) where that is the plan, as (outer, channels, inner)."""
+    assert values is not None
+    return values.movedim(-1, 1) if plan.last else values
+
+
+def _bits(x: float) -> int:
+    """Of a float64: the functions take numbers of 32 bits, or of 64 that are whole."""
+    found: int = struct.unpack("q", struct.pack("d", x))[0]
+    return found
+
+
+def _usable(x: Tensor | None, values: int) -> bool:
+    return x is None or (x.dtype is torch.float32 and x.numel() == values and x.is_contiguous() and x.is_cpu)
+
+
+def _all_usable(channels: int, *tensors: Tensor | None) -> bool:
+    return all(_usable(one, channels) for one in tensors)
+
+
+def _is_counter(batches: Tensor | None) -> bool:
+    return batches is None or (batches.dtype is torch.int64 and batches.is_cpu)
+
+
+def _in_one_piece(weight: Tensor) -> bool:
+    dense = weight.is_contiguous() or bool(channels_are_last(weight))
+    return dense and weight.dtype is torch.float32 and weight.is_cpu
+
+
+def _sizes(y: Tensor) -> tuple[int, int, int, int] | None:
+    """Batch, channels, values of each, and whether channels are last; None where memory is in neither order."""
+    outer, channels = y.shape[:2]
+    if y.is_contiguous():
+        return outer, channels, y.numel() // (outer * channels), 0
+    return (outer, channels, y.numel() // (outer * channels), 1) if channels_are_last(y) else None

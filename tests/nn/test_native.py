@@ -1,0 +1,342 @@
+"""C++ against PyTorch's operators and generated code: the bits of values and of what is remembered; gradients."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qbench
+from qbench.fake_quantize import FakeQuantize
+from qbench.nn.qat import epilogue as epilogue_module
+from qbench.nn.qat import fast_parameters
+from qbench.nn.qat.epilogue import rule_of
+from qbench.nn.qat.layer import QatLayer
+from qbench.nn.qat.parameters import Folding, training_parameters
+from qbench.numerics import layer_step
+from qbench.numerics.fold import BatchNormTensors, WeightLayout
+from qbench.numerics.generated import same_bits
+from qbench.numerics.native import library as library_module
+from qbench.numerics.native import steps as steps_module
+from qbench.numerics.native.steps import Following, Remembered, following
+from qbench.numerics.qparams import QSpec, fake_quantize, inside_range, quantize
+from qbench.numerics.saved_codes import lowering
+from qbench.observers import MinMaxObserver, MovingAverageMinMaxObserver
+from qbench.observers.min_max import weight_of_newest
+
+from .support import CASES, Case, batch, case_named, make_layer, without_native
+from .test_fast_path import batches, network, prepared, trained
+
+FORMATS = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
+SHAPES = (
+    *((4, 24, 9, 9), (2, 7, 33, 5), (16, 130, 1, 1), (3, 64, 28, 28)),
+    *((2, 1, 40, 40), (1, 3, 50, 2), (2, 5, 4, 6, 7)),
+)
+SPECS = {
+    "int8": QSpec(),
+    "uint8": QSpec(signed=False),
+    "uint4": QSpec(bits=4, signed=False),
+    "int8 symmetric": QSpec(symmetric=True),
+    "int16": QSpec(bits=16),
+}
+ACTIVATIONS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0), "none": (-math.inf, math.inf), "hardtanh": (-0.7, 0.4)}
+
+
+def steps_of(spec: QSpec, bounds: tuple[float, float], observer: Any) -> Following:
+    weight = None if observer is None else weight_of_newest(observer)
+    found = following(weight, 0.1, 1e-5, *bounds, spec, None if observer is None else rule_of(observer), "cpu")
+    assert found is not None, library_module.library()
+    return found
+
+
+def images(count: int = 2) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    for shape in SHAPES:
+        for memory_format in FORMATS[len(shape)]:
+            for _ in range(count):
+                y = torch.randn(shape, generator=generator) * 3 + 1
+                yield y.contiguous(memory_format=memory_format)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("kind", [MovingAverageMinMaxObserver, MinMaxObserver, None], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_codes_masks_and_ranges_are_those_of_the_steps_for_the_same_statistics(
+    spec: QSpec, activation: str, kind: type[Any] | None
+) -> None:
+    low, high = ACTIVATIONS[activation]
+    quantizer = FakeQuantize(spec, (kind or MovingAverageMinMaxObserver)(spec)).train()
+    reference = copy.deepcopy(quantizer)
+    if kind is None:
+        for one in (quantizer, reference):
+            one.observer_enabled = False
+            one.set_grid(MinMaxObserver(spec)(torch.tensor([-1.5, 2.0])))
+    steps = steps_of(spec, (low, high), quantizer.observer if kind else None)
+    different, values, cut, generator = 0, 0, 0, torch.Generator().manual_seed(3)
+    for y in images():
+        channels, wide = y.shape[1], (1, -1, *[1] * (y.ndim - 2))
+        gamma, beta, error = torch.randn(3, channels, generator=generator)
+        to = Remembered(
+            torch.zeros(channels),
+            torch.ones(channels),
+            None,
+            quantizer.observer.min_val,
+            quantizer.observer.max_val,
+            quantizer.scale,
+            quantizer.zero_point,
+        )
+        found = steps.forward(y, gamma, beta, error, None, to, with_codes=True)
+        assert found is not None
+        out, kept, coded = found
+        mean, inverse = kept[: 2 * channels].view(2, -1)
+        factor = inverse * gamma
+        v = torch.addcmul(torch.addcmul(beta + error, mean, factor, value=-1).view(wide), y, factor.view(wide))
+        a = v.clamp(low, high)
+        wanted = reference(a)
+        grid = reference.snapshot()
+        assert all(map(torch.equal, quantizer.buffers(), reference.buffers()))
+        different += int((out != wanted).sum()) + int((wanted != fake_quantize(a, grid)).sum())
+        values += out.numel()
+        assert (coded is None) == (spec.bits > 8) and out.stride() == y.stride()
+        if coded is not None:
+            different += int((coded.codes != quantize(a, grid).int() - lowering(spec)).sum())
+            assert torch.equal(coded.value(), out)
+
+        given = torch.randn(y.shape, generator=generator)  # of another layout than y, where that is not contiguous
+        grad_y, grad_gamma, grad_beta = steps.backward(given, y, kept)
+        inside = inside_range(a, grid) & (v > low) & (v < high)
+        cut += int((~inside).sum())
+        passed = torch.where(inside, given, 0.0).double()
+        others = [dim for dim in range(y.ndim) if dim != 1]
+        centred = y.double() - mean.double().view(wide)
+        along = (passed * centred).sum(others) * inverse.double()
+        total, count = passed.sum(others), y.numel() / channels
+        slope = (along / count * inverse).view(wide)
+        expected = (passed - (total / count).view(wide) - centred * slope) * factor.double().view(wide)
+        for mine, theirs in ((grad_y, expected), (grad_gamma, along), (grad_beta, total)):
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
+    assert different == 0 and values > 300_000
+    assert cut > 1_000 or (activation == "none" and kind)  # a range that was widened cuts nothing by itself
+
+
+def test_statistics_and_gradients_are_those_of_batch_norm() -> None:
+    """Against PyTorch in float64, where nothing is rounded away, for data whose mean is large beside its deviation."""
+    steps = steps_of(QSpec(bits=16), ACTIVATIONS["none"], None)
+    generator = torch.Generator().manual_seed(3)
+    for memory_format in FORMATS[4]:
+        y = (torch.randn(6, 10, 30, 30, generator=generator) + 300).contiguous(memory_format=memory_format)
+        gamma, beta = torch.rand(10, generator=generator) + 0.5, torch.randn(10, generator=generator)
+        bn = nn.BatchNorm2d(10).double()
+        with torch.no_grad():
+            bn.weight.copy_(gamma), bn.bias.copy_(beta)
+        ours, theirs = copy.deepcopy(bn).float(), y.double().requires_grad_()
+        grid = torch.tensor(4e-4), torch.tensor(0, dtype=torch.int32)
+        to = Remembered(ours.running_mean, ours.running_var, ours.num_batches_tracked, grid[0], grid[0], *grid)  # type: ignore[arg-type]
+        found = steps.forward(y, gamma, beta, None, None, to)
+        assert found is not None
+        wanted = bn(theirs)
+        assert (found[0] - wanted).abs().max() < 4e-4  # half a step, and float32's own error at 300
+        given = torch.randn(y.shape, generator=generator)
+        wanted.backward(given.double())
+        for (name, mine), their in zip(ours.state_dict().items(), bn.state_dict().values(), strict=True):
+            torch.testing.assert_close(mine.double(), their.double(), rtol=1e-4, atol=0, msg=name)
+        grads = steps.backward(given, y, found[1])
+        for mine, their in zip(grads, (theirs.grad, bn.weight.grad, bn.bias.grad), strict=True):
+            assert their is not None
+            torch.testing.assert_close(mine.double(), their, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_not_a_number_goes_through() -> None:
+    steps = steps_of(QSpec(), ACTIVATIONS["relu"], None)
+    for bad in (math.nan, math.inf):
+        for memory_format in FORMATS[4]:
+            y = torch.randn(2, 4, 8, 8).contiguous(memory_format=memory_format)
+            y[1, 2, 3, 4] = bad
+            grid = torch.tensor(0.02), torch.tensor(-128, dtype=torch.int32)
+            to = Remembered(torch.zeros(4), torch.ones(4), None, grid[0], grid[0], *grid)
+            found = steps.forward(y, torch.ones(4), torch.zeros(4), None, None, to)
+            assert found is not None
+            assert found[0].isnan().sum((0, 2, 3)).tolist() == [0, 0, 128, 0]
+            assert to.mean.isfinite().tolist() == [True, True, False, True]
+
+
+def test_channels_that_are_silenced_keep_their_statistics() -> None:
+    steps = steps_of(QSpec(), ACTIVATIONS["relu"], None)
+    y, silenced = torch.randn(4, 6, 5, 5), torch.arange(6) % 2 == 0
+    grid = torch.tensor(0.02), torch.tensor(-128, dtype=torch.int32)
+    to = Remembered(torch.full((6,), 7.0), torch.full((6,), 7.0), torch.tensor(4), grid[0], grid[0], *grid)
+    steps.forward(y, None, None, None, silenced, to)
+    for running in (to.mean, to.var):
+        assert (running == 7.0).tolist() == silenced.tolist()
+    assert to.batches is not None and int(to.batches) == 5
+
+
+@pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)
+def test_parameters_are_those_of_the_plain_path(memory_format: torch.memory_format) -> None:
+    qconfig, generator, silenced = qbench.get_qconfig(), torch.Generator().manual_seed(0), 0
+    for shape in ((24, 16, 3, 3), (9, 1, 5, 5), (64, 32, 1, 1)):
+        weight = torch.randn(shape, generator=generator).contiguous(memory_format=memory_format)
+        weight[1] = 0.0
+        gamma, beta, mean, bias = torch.randn(4, shape[0], generator=generator)
+        gamma[2], beta[3], beta[4] = 0.0, 1e7, 40.0
+        var = torch.rand(shape[0], generator=generator) + 1e-4
+        folding = Folding(WeightLayout(), qconfig.make_weight(axis=0, weight=weight), qconfig.make_bias())
+        for scale in (None, torch.tensor(0.02), torch.tensor(3e-7)):
+            for own in (None, bias):
+                for affine in ((gamma, beta), (None, None)):
+                    bn = BatchNormTensors(*affine, mean, var, 1e-3)
+                    functions = fast_parameters.native_parameters(folding, weight, bn.eps)
+                    assert functions is not None
+                    value, step, error, silent = functions(weight, own, *affine, mean, var, scale) or [None] * 4
+                    plain = training_parameters(folding, weight, own, bn, scale)
+                    assert plain.qparams is not None and step is not None and value is not None and silent is not None
+                    assert same_bits(value, plain.weight) and value.stride() == weight.stride()
+                    assert same_bits(step, plain.qparams.scale) and same_bits(error, plain.error)
+                    assert silent.any() == (plain.silenced is not None and plain.silenced.any())
+                    silenced += int(silent.sum())
+                    again = torch.empty_like(weight)
+                    assert functions.again(weight, step, again) and torch.equal(again, value)
+    assert silenced > 3
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.has_bn], ids=lambda case: case.name)
+@pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
+def test_a_layer_trains_as_by_generated_code(case: Case, low_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly: sums are taken in another order."""
+    monkeypatch.setattr(layer_step, "KEPT_WEIGHTS", 20)
+    layer, _ = make_layer(case)
+    layer.apply(qbench.enable_fast_path)
+    if low_memory:
+        layer.apply(qbench.enable_low_memory)
+    found = []
+    for native in (True, False):
+        one = copy.deepcopy(layer).train()
+        if not native:
+            without_native(monkeypatch)
+        x = batch(case.shape, seed=5).requires_grad_()
+        y = one(x)
+        y.square().mean().backward()
+        assert one.path in (("native", "fused", "steps") if native else ("generated", "fused", "steps"))
+        found.append([y.detach(), x.grad, *(p.grad for p in one.parameters()), *one.state_dict().values()])
+    step = layer.output_quantizer.scale if layer.output_quantizer is not None else torch.tensor(1.0)
+    assert (found[0][0] - found[1][0]).abs().max() <= 1.01 * step
+    for ours, theirs in zip(found[0][1:], found[1][1:], strict=True):
+        if isinstance(ours, Tensor) and ours.is_floating_point():
+            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)
+def test_training_is_that_of_the_plain_path(memory_format: torch.memory_format) -> None:
+    model = prepared(network()).to(memory_format=memory_format)  # type: ignore[call-overload]
+    data = batches(memory_format)
+    plain, expected = trained(model, data)
+    fast, found = trained(model.apply(qbench.enable_fast_path), data)
+    assert str(qbench.training_paths(fast)) == "training path of 3 layers: 3 C++"
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().mean() < 1e-2 * theirs.abs().mean()
+    for (name, value), other in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):
+        if value.is_floating_point():
+            torch.testing.assert_close(value, other, rtol=2e-2, atol=2e-3, msg=name)
+        else:
+            assert torch.equal(value, other), name
+    fast.eval()
+    program = qbench.convert(fast, example_inputs=(data[0],))
+    assert int((fast(data[0]) != program.module()(data[0])).sum()) == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_same_step_has_the_same_bits_whenever_it_is_taken(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for memory_format in FORMATS[4]:
+            model = prepared(network()).to(memory_format=memory_format).apply(qbench.enable_fast_path)  # type: ignore[call-overload]
+            runs = [trained(model, batches(memory_format))[0].state_dict() for _ in range(3)]
+            for other in runs[1:]:
+                assert all(map(torch.equal, runs[0].values(), other.values()))
+    finally:
+        torch.set_num_threads(before)
+
+
+def scattered(layer: QatLayer) -> None:
+    layer.bn.weight = nn.Parameter(torch.ones(24)[::2])
+
+
+def several_uses(layer: QatLayer) -> None:
+    assert layer.output_quantizer is not None
+    layer.output_quantizer.observer.expect(2)
+
+
+def cumulative(layer: QatLayer) -> None:
+    layer.bn.momentum = None
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [(scattered, "generated"), (several_uses, "generated"), (cumulative, "steps")],
+    ids=["γ with gaps in memory", "an observer of several uses", "a cumulative average"],
+)
+def test_what_it_cannot_serve_is_served_by_another_path(change: Callable[[QatLayer], None], path: str) -> None:
+    model = prepared(network()).apply(qbench.enable_fast_path)
+    layer = next(module for module in model.modules() if isinstance(module, QatLayer))
+    change(layer)
+    y = layer(batches()[0])
+    y.square().mean().backward()
+    assert layer.path == path and torch.isfinite(y).all()
+
+
+def test_one_value_a_channel_is_refused_by_batch_norm_itself() -> None:
+    case = case_named("conv bias bn")
+    layer, _ = make_layer(case)
+    layer.apply(qbench.enable_fast_path)
+    pixels = layer.kernel_size[0] - 2 * layer.padding[0]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(torch.randn(1, case.shape[1], pixels, pixels))
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has asked for nothing."""
+    for module, name in ((steps_module, "following"), (fast_parameters, "_native_parameters")):
+        getattr(module, name).cache_clear()
+    monkeypatch.setattr(epilogue_module, "following", steps_module.following.__wrapped__)
+    yield
+    for module, name in ((steps_module, "following"), (fast_parameters, "_native_parameters")):
+        getattr(module, name).cache_clear()
+
+
+def test_without_it_generated_code_goes_on_with_one_quiet_line(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object) -> object:
+        raise RuntimeError("no FMA")
+
+    library_module.library.cache_clear()
+    monkeypatch.setattr(library_module, "_compiled", failing)
+    try:
+        with caplog.at_level(logging.INFO, "qbench"):
+            fast, _ = trained(prepared(network()).apply(qbench.enable_fast_path), batches())
+    finally:
+        library_module.library.cache_clear()
+    paths = qbench.training_paths(fast)
+    assert set(paths.layers.values()) == {"generated"} and any("no FMA" in line for line in paths.refused)
+    assert [record.levelno for record in caplog.records if record.name == "qbench"] == [logging.INFO]
+
+
+def test_other_bits_than_those_of_operators_are_not_taken(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = library_module.library()
+    assert functions is not None
+
+    def nearly(*arguments: Any) -> None:
+        functions.forward(*arguments)
+        arguments[-2].mul_(1.0000002)
+
+    monkeypatch.setattr(steps_module, "library", lambda: functions._replace(forward=nearly))
+    model, _ = trained(prepared(network()).apply(qbench.enable_fast_path), batches())
+    assert set(qbench.training_paths(model).layers.values()) == {"generated"}
