@@ -131,7 +131,7 @@ def learned_code(*rounding: Any) -> BothWays:
 @functools.lru_cache(maxsize=256)
 def clip_code(*rounding: Any) -> Generated:
     """The code of `clip_quantize`; `rounding` is what `Rounding` is made of."""
-    return generated(_clip, _clip_sample, Rounding(*rounding))
+    return generated(clip, clip_sample, Rounding(*rounding))
 
 
 def clip_quantize(v: Tensor, scale: Tensor, zero_point: Tensor, state: tuple[Tensor, ...], code: Generated) -> Tensor:
@@ -226,7 +226,7 @@ def _round_backward(
 
 
 def _round_sample(rounding: Rounding) -> list[Tensor | None]:
-    flat, *grid = _clip_sample(rounding)
+    flat, *grid = clip_sample(rounding)
     assert flat is not None
     v = flat.view(200, 15)
     if rounding.spec.axis is not None:
@@ -243,7 +243,7 @@ def _round_backward_sample(rounding: Rounding) -> list[Tensor | None]:
     return [out, grad, v, *grid]
 
 
-def _clip(v: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensors:
+def clip(v: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensors:
     """Where gradients pass, int8, (values,); `v`, (values,), becomes what it is on the grid."""
     *state, rounding = rest
     clipped = rounding.clip(v)
@@ -254,6 +254,7 @@ def _clip(v: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensors:
     return (mask,)
 
 
-def _clip_sample(rounding: Rounding) -> list[Tensor | None]:
+def clip_sample(rounding: Rounding) -> list[Tensor]:
+    """Arguments of `clip`: values inside and outside of what is cut."""
     v = torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 3
     return [v.to(rounding.device), *rounding.sample()]

@@ -28,7 +28,8 @@ from qbench.nn.qat.layer import QatLayer
 
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """No C++, so that generated code serves what it would."""
-    monkeypatch.setattr("qbench.nn.qat.epilogue.following", lambda *_: None)
+    for steps in ("following", "clipping"):
+        monkeypatch.setattr(f"qbench.nn.qat.epilogue.{steps}", lambda *_: None)
     monkeypatch.setattr("qbench.nn.qat.fast_parameters.native_parameters", lambda *_: None)
 
 

@@ -108,10 +108,11 @@ def test_same_bits_as_the_steps_one_by_one(
     images = batches(memory_format=memory_format)
     calls = counting(monkeypatch)
     one, found = trained(model, images)
-    assert len(calls) == 2 * len(images)
+    wanted_calls = (3 if chain == "bn, hardswish" else 2) * len(images)  # it is a module of its own, behind a quantizer
+    assert len(calls) == wanted_calls
     step_by_step(monkeypatch)
     other, expected = trained(model, images)
-    assert len(calls) == 2 * len(images)
+    assert len(calls) == wanted_calls
     for value, wanted in zip(found, expected, strict=True):
         assert torch.equal(value, wanted)
     assert_same(one, other)

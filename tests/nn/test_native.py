@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import qbench
 from qbench.fake_quantize import FakeQuantize
+from qbench.fake_quantize.producers import codes_of
 from qbench.nn.qat import epilogue as epilogue_module
 from qbench.nn.qat import fast_parameters
-from qbench.nn.qat.epilogue import rule_of
+from qbench.nn.qat.epilogue import ClipByNative, clip_of, rule_of
 from qbench.nn.qat.layer import QatLayer
 from qbench.nn.qat.parameters import Folding, training_parameters
 from qbench.numerics import layer_step
@@ -177,6 +178,73 @@ def test_channels_that_are_silenced_keep_their_statistics() -> None:
     assert to.batches is not None and int(to.batches) == 5
 
 
+@pytest.mark.parametrize("kind", [MovingAverageMinMaxObserver, MinMaxObserver, None], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_what_is_quantized_where_it_lies_has_the_bits_of_the_steps(
+    spec: QSpec, activation: str, kind: type[Any] | None
+) -> None:
+    low, high = ACTIVATIONS[activation]
+    quantizer = FakeQuantize(spec, (kind or MovingAverageMinMaxObserver)(spec)).train()
+    reference = copy.deepcopy(quantizer)
+    for one in (quantizer, reference):
+        one.observer_enabled = kind is not None
+        one.set_grid(MinMaxObserver(spec)(torch.tensor([-1.5, 2.0])))
+    clip = clip_of((low, high), quantizer, "cpu", low_memory=True)
+    assert isinstance(clip, ClipByNative)
+    for count, v in enumerate(images()):
+        if count % 5 == 4 and kind is None:
+            v[0, 0, 0, 0], v[-1, -1, 0, 0], v[0, -1, 0, -1] = math.nan, math.inf, -math.inf
+        source = v.clone().requires_grad_()
+        out = clip(source * 1.0)
+        assert out is not None and out.stride() == v.stride() and clip.path == "native"
+        other = v.clone().requires_grad_()
+        wanted = reference(other.clamp(low, high))
+        assert torch.equal(out.nan_to_num(7e7), wanted.nan_to_num(7e7))
+        assert all(map(torch.equal, quantizer.buffers(), reference.buffers()))
+        given = torch.randn(v.shape)
+        out.backward(given), wanted.backward(given)
+        finite = (v != low) & (v != high) & ~v.isnan()  # at an end of a clamp PyTorch lets the gradient pass
+        assert source.grad is not None and other.grad is not None
+        assert torch.equal(source.grad[finite], other.grad[finite]) and not source.grad[v.isnan()].any()
+        coded = codes_of(out)
+        assert (coded is None) == (spec.bits > 8)
+        if coded is not None and not v.isnan().any():
+            assert torch.equal(coded.value(), out)
+
+
+def test_activations_behind_a_quantizer_of_their_own_train_as_on_the_plain_path() -> None:
+    """The block of an EfficientNet: Conv–BN–SiLU, whose SiLU is a table, and the product that scales its channels."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU())
+            self.pool, self.squeeze, self.scale = nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+            self.last = nn.Sequential(nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            share = torch.sigmoid(self.scale(nn.functional.silu(self.squeeze(self.pool(x)))))
+            out: Tensor = self.last(share * x)
+            return out
+
+    torch.manual_seed(0)
+    model = prepared(Block())
+    _, expected = trained(model, batches())
+    fast, found = trained(model.apply(qbench.enable_fast_path), batches())
+    paths = qbench.training_paths(fast).layers
+    assert [paths[name] for name in ("first.0", "last.0")] == ["native", "native"]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().mean() < 2e-2 * theirs.abs().mean()
+    low, again = trained(model.apply(qbench.enable_low_memory), batches())
+    assert all(map(torch.equal, again, found))
+    assert all(map(torch.equal, low.state_dict().values(), fast.state_dict().values()))
+    fast.eval()
+    program = qbench.convert(fast, example_inputs=(batches()[0],))
+    assert int((fast(batches()[0]) != program.module()(batches()[0])).sum()) == 0
+
+
 @pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)
 def test_parameters_are_those_of_the_plain_path(memory_format: torch.memory_format) -> None:
     qconfig, generator, silenced = qbench.get_qconfig(), torch.Generator().manual_seed(0), 0
@@ -237,7 +305,7 @@ def test_training_is_that_of_the_plain_path(memory_format: torch.memory_format) 
     data = batches(memory_format)
     plain, expected = trained(model, data)
     fast, found = trained(model.apply(qbench.enable_fast_path), data)
-    assert str(qbench.training_paths(fast)) == "training path of 3 layers: 3 C++"
+    assert list(qbench.training_paths(fast).layers.values()) == ["native"] * 3
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().mean() < 1e-2 * theirs.abs().mean()
     for (name, value), other in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):

@@ -61,6 +61,7 @@ class GELU(ActivationOp, nn.GELU):
     """GELU with a quantized output."""
 
     float_type = nn.GELU
+    owns_output = True
 
 
 class GLU(ActivationOp, nn.GLU):
@@ -79,12 +80,14 @@ class Hardsigmoid(ActivationOp, nn.Hardsigmoid):
     """Hardsigmoid with a quantized output."""
 
     float_type = nn.Hardsigmoid
+    owns_output = True
 
 
 class Hardswish(ActivationOp, nn.Hardswish):
     """Hardswish with a quantized output."""
 
     float_type = nn.Hardswish
+    owns_output = True
 
 
 class Hardtanh(ActivationOp, nn.Hardtanh):
@@ -115,6 +118,7 @@ class Mish(ActivationOp, nn.Mish):
     """Mish with a quantized output."""
 
     float_type = nn.Mish
+    owns_output = True
 
 
 class PReLU(ActivationOp, nn.PReLU):
@@ -149,6 +153,7 @@ class SiLU(ActivationOp, nn.SiLU):
     """SiLU with a quantized output."""
 
     float_type = nn.SiLU
+    owns_output = True
 
 
 class Sigmoid(ActivationOp, nn.Sigmoid):

@@ -26,7 +26,7 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import producer_of
 from qbench.nn.frozen import known_types
 from qbench.nn.ops import spread
-from qbench.nn.qat.epilogue import ClipByCode, epilogue, fused_epilogue, generated_epilogue
+from qbench.nn.qat.epilogue import ClipByCode, ClipByNative, clip_of, epilogue, fused_epilogue, generated_epilogue
 from qbench.nn.qat.prepared import prepared
 from qbench.numerics.blocks import at_hand
 from qbench.numerics.generated import DEVICES
@@ -45,6 +45,7 @@ class QatModule(nn.Module):
         input_quantizers: Quantizers of inputs that arrive in float, or on a grid that is not to be kept, by position.
         output_quantizer: Quantizer of the output; None where activations stay float (weight-only).
         fast_path: Whether training takes generated code where there is some: see `enable_fast_path`.
+        low_memory: Whether activations are saved for backward as codes: see `enable_low_memory`.
         path: Which code the last eager forward in training took, one of `qbench.report.paths.PATHS`; empty before it.
     """
 
@@ -55,6 +56,7 @@ class QatModule(nn.Module):
     #: Whether a parameter that is an operand gets a grid with zero point 0, as the factors of a matrix product need.
     symmetric_parameters: ClassVar[bool] = False
     fast_path = False
+    low_memory = False
     path = ""
 
     qconfig: QConfig
@@ -289,14 +291,14 @@ class QatOp(QatModule):
         if self.fast_path and self.training and not torch.compiler.is_compiling() and at_hand(y, DEVICES):
             clip = prepared(self, functools.partial(_clip_of, bounds=bounds, device=y.device.type), _quantizing)
             found = None if clip is None else clip(y)
-            if found is not None:
-                self.note_path("generated")
+            if clip is not None and found is not None:
+                self.note_path(clip.path)
                 return found
         return self.one_function(y, None, bounds, self.output_quantizer)
 
 
-def _clip_of(op: QatOp, bounds: tuple[float, float], device: str) -> ClipByCode | None:
-    return ClipByCode.of(bounds, op.output_quantizer, device)
+def _clip_of(op: QatOp, bounds: tuple[float, float], device: str) -> ClipByNative | ClipByCode | None:
+    return clip_of(bounds, op.output_quantizer, device, op.low_memory)
 
 
 def _quantizing(op: QatOp) -> tuple[nn.Module | None, ...]:

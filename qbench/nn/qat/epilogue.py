@@ -34,11 +34,13 @@ from qbench.numerics.generated_epilogue import Code, Moved, generated_code, norm
 from qbench.numerics.generated_rounding import clip_code, clip_quantize, learned_code, round_learned
 from qbench.numerics.interval import is_served
 from qbench.numerics.layer_step import Follow, FollowByPath, Learned, normalized
-from qbench.numerics.native.steps import Following, Remembered, following
+from qbench.numerics.native.steps import Clipping, Following, Remembered, clipping, following
 from qbench.observers import Observer
 from qbench.observers.min_max import weight_of_newest
 
 Step = Callable[[Tensor], Tensor]
+
+_NEED_INPUT_ALONE = (nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.Mish)
 
 
 def epilogue(y: Tensor, *steps: Step | None) -> Tensor:
@@ -89,9 +91,9 @@ def generated_epilogue(
         return None
     learned = quantizer if isinstance(quantizer, LearnedFakeQuantize) else None
     if bn is None and learned is None:
-        clip = ClipByCode.of(bounds, quantizer, y.device.type)
+        clip = clip_of(bounds, quantizer, y.device.type)
         clipped = None if clip is None else clip(y)
-        return None if clipped is None else (clipped, "generated")
+        return None if clip is None or clipped is None else (clipped, clip.path)
     rounding = rounding_of(bounds, quantizer, y.device.type)
     if rounding is None:
         return None
@@ -337,31 +339,84 @@ class ClipByCode:
         code: Of `clip_code`.
     """
 
+    path: ClassVar[str] = "generated"
+
     quantizer: FakeQuantize
     code: Generated
-
-    @classmethod
-    def of(cls, bounds: tuple[float, float] | None, quantizer: FakeQuantize | None, device: str) -> ClipByCode | None:
-        """The one for these; None where there is none."""
-        rounding = None if quantizer is None else rounding_of(bounds, quantizer, device)
-        if quantizer is None or rounding is None or quantizer.learned:
-            return None
-        code = clip_code(*rounding)
-        return cls(quantizer, code) if code.ready() else None
 
     def __call__(self, y: Tensor) -> Tensor | None:
         """`y`, float32 and nobody else's, on the grid, where it lies; None where it is a view or has gaps in memory."""
         quantizer = self.quantizer
-        if y._is_view() or not dense(y).is_contiguous() or self.code.failed:
+        if y._is_view() or not dense(y).is_contiguous() or not self.code.ready():
             return None
         out = clip_quantize(y, quantizer.scale, quantizer.zero_point, observed_state(quantizer), self.code)
         _note_data(quantizer)
         return note_producer(out, quantizer)
 
 
+class ClipByNative:
+    """The same by C++.
+
+    Args:
+        quantizer: The quantizer.
+        steps: What the functions do.
+        low_memory: Whether to write down the codes of the output, too.
+        otherwise: What to do where there is nothing for a tensor.
+
+    Attributes:
+        path: Which code the last call took.
+    """
+
+    def __init__(self, quantizer: FakeQuantize, steps: Clipping, otherwise: ClipByCode, low_memory: bool) -> None:
+        self.path = "native"
+        self._quantizer, self._steps, self._otherwise, self._low_memory = quantizer, steps, otherwise, low_memory
+
+    def __call__(self, y: Tensor) -> Tensor | None:
+        """See `ClipByCode`."""
+        if y._is_view() or not dense(y).is_contiguous():
+            return None
+        quantizer = self._quantizer
+        scale, low, high = quantizer.scale, *(observed_state(quantizer) or (quantizer.scale, quantizer.scale))
+        found = self._steps(y, (low, high), scale, quantizer.zero_point, self._low_memory)
+        if found is None:
+            self.path = self._otherwise.path
+            return self._otherwise(y)
+        self.path = "native"
+        _note_data(quantizer)
+        return note_producer(found[0], quantizer, found[1])
+
+
+def clip_of(
+    bounds: tuple[float, float] | None, quantizer: FakeQuantize | None, device: str, low_memory: bool = False
+) -> ClipByNative | ClipByCode | None:
+    """An activation that clamps and a quantizer by the fastest code that there is; None where there is none.
+
+    Args:
+        bounds: Of the activation; None where it is of another form.
+        quantizer: The quantizer.
+        device: Type of the device.
+        low_memory: Whether to write down the codes of the output, where that can be done.
+    """
+    rounding = None if quantizer is None else rounding_of(bounds, quantizer, device)
+    if quantizer is None or rounding is None or quantizer.learned:
+        return None
+    generated = ClipByCode(quantizer, clip_code(*rounding))
+    observes, weight = rounding[3] is not None, weight_of_newest(quantizer.observer)
+    if device == "cpu" and not (observes and weight is None):
+        steps = clipping(weight if observes else None, *rounding)
+        if steps is not None:
+            return ClipByNative(quantizer, steps, generated, low_memory)
+    return generated if generated.code.ready() else None
+
+
 def rule_of(observer: Observer) -> Observer:
     """The observer that stands for all which follow ranges as this one does: asked how they move, not what it saw."""
     return standing_for(observer, type(observer), observer.settings())
+
+
+def leaves_output(activation: nn.Module | None) -> bool:
+    """Whether neither an activation's backward needs what it puts out, nor anybody watches it: it may be written to."""
+    return activation is not None and type(activation) in _NEED_INPUT_ALONE and not is_hooked(activation)
 
 
 def bounds_of(activation: nn.Module | None) -> tuple[float, float] | None:

@@ -81,8 +81,8 @@ def _by_both(functions: native.Parameters, folding: Folding, eps: float | None) 
         by_operators = _weight_and_bias(weight, bias, input_scale, folding, "cpu")
         return functions(weight, bias, None, None, None, None, input_scale), by_operators
     given: Any = _sample(folding, eps, "cpu")
-    by_operators = _training_parameters(*given, folding=folding, eps=eps, device="cpu")
-    return functions(*given), by_operators
+    constants: Any = folding, eps, "cpu"
+    return functions(*given), _training_parameters(*given, *constants)
 
 
 def generated_parameters(

@@ -10,6 +10,7 @@ in one call where BN is folded: a separate add gives other bits. See docs/equati
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -50,13 +51,11 @@ class QatLayer(QatModule):
         bn: The BatchNorm, or None.
         bn_frozen: Whether training normalises with the running statistics.
         channel_axis: Axis of the output that holds its channels, from the end.
-        low_memory: Whether input and weight are saved for backward as codes: see `enable_low_memory`.
     """
 
     linear_type: ClassVar[type[nn.Module]]
     activation: ClassVar[type[nn.Module] | None] = None
     channel_axis: ClassVar[int]
-    low_memory = False
 
     weight: Tensor
     bias: Tensor | None
@@ -250,7 +249,18 @@ class QatLayer(QatModule):
         if self.pre_activation_quantizer is None:
             return self.one_function(y, bn, bounds_of(self.activation_module), self.output_quantizer)
         before = self.one_function(y, bn, bounds_of(None), self.pre_activation_quantizer)
-        return None if before is None else epilogue(before, self.activation_module, self.output_quantizer)
+        return None if before is None else self.activated(before)
+
+    def activated(self, before: Tensor, clip: Callable[[Tensor], Tensor | None] | None = None) -> Tensor:
+        """The activation and the output's quantizer, behind a quantizer of their own.
+
+        Args:
+            before: On the grid of the pre-activation quantizer.
+            clip: Quantizes what nothing else needs, where it lies; None where there is nothing that does.
+        """
+        y = epilogue(before, self.activation_module)
+        found = None if clip is None else clip(y)
+        return epilogue(y, self.output_quantizer) if found is None else found
 
     def uses_batch_statistics(self) -> bool:
         """Whether BatchNorm normalises with the batch's statistics."""

@@ -123,6 +123,7 @@ class Mul(QatOp, ops.Mul):
     """Mul with a quantized output."""
 
     float_type = ops.Mul
+    owns_output = True
 
 
 class Cat(QatOp, ops.Cat):

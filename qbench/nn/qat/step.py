@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import codes_of, note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
-from qbench.nn.qat.epilogue import InBlocks, bounds_of, chain_of, fastest
+from qbench.nn.qat.epilogue import (
+    ClipByCode,
+    ClipByNative,
+    InBlocks,
+    bounds_of,
+    chain_of,
+    clip_of,
+    fastest,
+    leaves_output,
+)
 from qbench.nn.qat.fast_parameters import StraightParameters
 from qbench.nn.qat.prepared import prepared
 from qbench.numerics.blocks import at_hand
@@ -26,33 +35,61 @@ def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     """The output of a layer in training from one function, given `x̂`; None where there is none for it."""
     if torch.compiler.is_compiling():
         return None
-    step, weight = prepared(layer, _step_of, _others), layer.linear_weight
+    plan, weight = prepared(layer, _plan_of, _others), layer.linear_weight
+    step = plan.step
     if step is None or x.ndim != weight.ndim or not at_hand(x) or torch.is_autocast_enabled("cpu"):
         return None
     bn: Any = layer.bn
     out, coded = layer_step(x, weight, layer.linear_bias, bn.weight, bn.bias, step)
     layer.note_path(step.follow.path)
-    return note_producer(out, layer.output_quantizer, coded)
+    out = note_producer(out, plan.quantizer, coded)
+    return out if plan.quantizer is layer.output_quantizer else layer.activated(out, plan.clip)
+
+
+class _Plan(NamedTuple):
+    """What serves a layer.
+
+    Attributes:
+        step: Up to its first quantizer; None where nothing does.
+        quantizer: That quantizer.
+        clip: The output's quantizer where that is another one, and may write to what comes before it; else None.
+    """
+
+    step: LayerStep | None
+    quantizer: FakeQuantize | None
+    clip: ClipByNative | ClipByCode | None = None
 
 
 def _others(layer: QatLayer) -> tuple[nn.Module | None, ...]:
-    quantizers = [one for one in (layer.output_quantizer, layer.weight_quantizer) if one is not None]
-    return layer.bn, layer.activation_module, _source_of(layer), *quantizers, *(one.observer for one in quantizers)
+    quantizers = layer.output_quantizer, layer.pre_activation_quantizer, layer.weight_quantizer
+    there = [one for one in quantizers if one is not None]
+    return layer.bn, layer.activation_module, _source_of(layer), *there, *(one.observer for one in there)
 
 
 def _source_of(layer: QatLayer) -> FakeQuantize | None:
     return layer.sources[0] if layer.sources else None
 
 
-def _step_of(layer: QatLayer) -> LayerStep | None:
-    quantizer, linear, source = layer.output_quantizer, layer.convolution(), _source_of(layer)
+def _plan_of(layer: QatLayer) -> _Plan:
+    before, last = layer.pre_activation_quantizer, layer.output_quantizer
+    if before is None:
+        return _Plan(_step_of(layer, last, bounds_of(layer.activation_module)), last)
+    step, clip = _step_of(layer, before, bounds_of(None)), None
+    if layer.fast_path and leaves_output(layer.activation_module):
+        clip = clip_of(bounds_of(None), last, "cpu", layer.low_memory)
+    return _Plan(step, before, clip)
+
+
+def _step_of(
+    layer: QatLayer, quantizer: FakeQuantize | None, bounds: tuple[float, float] | None
+) -> LayerStep | None:
+    linear, source = layer.convolution(), _source_of(layer)
     if not layer.uses_batch_statistics() or layer.sources is None:
         return None
-    if quantizer is None or linear is None or layer.pre_activation_quantizer is not None or quantizer.learned:
+    if quantizer is None or linear is None or quantizer.learned:
         return None
     bn = TrainingBatchNorm(layer.bn, layer.batch_norm_type, None, None, layer.channel_axis)
     parameters = StraightParameters.of(layer.folding(), layer.bn, source, layer.linear_weight)
-    bounds = bounds_of(layer.activation_module)
     chain = chain_of(bounds, quantizer)
     if parameters is None or chain is None or not bn.plain(layer.linear_weight):
         return None

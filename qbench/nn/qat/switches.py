@@ -20,14 +20,14 @@ def enable_low_memory(module: nn.Module) -> None:
     elsewhere nothing changes, and the log of "qbench" says so once. (Under autocast a convolution saves what it
     computes with, in two bytes a value.)
     """
-    if isinstance(module, QatLayer):
+    if isinstance(module, QatModule):
         module.low_memory = True
     save_codes(module)
 
 
 def disable_low_memory(module: nn.Module) -> None:
     """Save activations and weights for backward as they are again."""
-    if isinstance(module, QatLayer):
+    if isinstance(module, QatModule):
         module.low_memory = False
     save_values(module)
 

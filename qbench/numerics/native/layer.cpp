@@ -499,16 +499,60 @@ void backward(const float* grad, const float* y, const float* kept, int64_t oute
         backward_of_rows(grad, y, kept, outer, channels, inner, grad_y, grad_gamma, grad_beta);
 }
 
+// An activation and the quantizer behind it where a tensor lies: the values, 1 in `mask` where gradients pass and else
+// 0, and codes. `s` and what stands for zero in the codes are put at `kept`.
+void clip(float* v, float* min_val, float* max_val, float* scale, int32_t* zero_point, int64_t given, int64_t values,
+          float low, float high, int64_t qmin, int64_t qmax, int64_t lowered, int64_t symmetric, float weight,
+          int8_t* mask, float* kept, int8_t* codes) {
+    if (given & kObserves) {
+        float lowest = kInfinity, highest = -kInfinity;
+        int32_t broken = 0;
+#pragma omp parallel for simd schedule(static) reduction(min : lowest) reduction(max : highest) reduction(| : broken)
+        for (int64_t i = 0; i < values; ++i) {
+            lowest = v[i] < lowest ? v[i] : lowest;
+            highest = v[i] > highest ? v[i] : highest;
+            broken |= v[i] != v[i];
+        }
+        if (broken) lowest = highest = std::numeric_limits<float>::quiet_NaN();
+        observe(at_most(at_least(lowest, low), high), at_most(at_least(highest, low), high),
+                {qmin, qmax, symmetric != 0, weight}, min_val, max_val, scale, zero_point);
+    }
+    const float zero = static_cast<float>(*zero_point);
+    const float least = static_cast<float>(qmin) - zero, most = static_cast<float>(qmax) - zero;
+    const Grid grid(*scale, least, most, low, high);
+    const float above = at_least(-first_beyond(-least, *scale), low);
+    const float below = at_most(first_beyond(most, *scale), high);
+    kept[0] = *scale;
+    const float offset = kept[1] = zero - static_cast<float>(lowered);
+    const bool with_codes = given & kCodes;
+#pragma omp parallel
+    {
+        const Share share(values);
+        if (with_codes) {
+#pragma omp simd
+            for (int64_t i = share.first; i < share.end; ++i)
+                codes[i] = static_cast<int8_t>(static_cast<int32_t>(grid.steps(v[i]) + offset));
+        }
+#pragma omp simd
+        for (int64_t i = share.first; i < share.end; ++i) {
+            const float value = v[i];
+            mask[i] = static_cast<int8_t>(static_cast<int32_t>(passed(1.0f, value, above, below)));
+            v[i] = grid.steps(value) * grid.scale;
+        }
+    }
+}
+
+// g where a mask is 1, 0 where it is 0.
+void masked(const float* grad, const int8_t* mask, int64_t values, float* out) {
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < values; ++i) out[i] = grad[i] * static_cast<float>(mask[i]);
+}
+
 // (c − z)·s of codes that share a grid.
 void decode(const int8_t* codes, const float* scale, const float* zero, int64_t values, float* out) {
-    constexpr int64_t kBlock = 1 << 12;
     const float size = *scale, offset = *zero;
-#pragma omp parallel for schedule(static)
-    for (int64_t block = 0; block < values; block += kBlock) {
-        const int64_t end = std::min(block + kBlock, values);
-#pragma omp simd
-        for (int64_t i = block; i < end; ++i) out[i] = (static_cast<float>(codes[i]) - offset) * size;
-    }
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < values; ++i) out[i] = (static_cast<float>(codes[i]) - offset) * size;
 }
 
 }  // namespace

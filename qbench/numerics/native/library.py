@@ -27,6 +27,8 @@ class Library(NamedTuple):
     again: Function
     forward: Function
     backward: Function
+    clip: Function
+    masked: Function
     decode: Function
 
 

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qbench.numerics.blocks import channels_are_last
 from qbench.numerics.generated import same_bits
 from qbench.numerics.generated_epilogue import Plan, backward_sample, forward_sample
 from qbench.numerics.generated_epilogue import backward as backward_by_operators
 from qbench.numerics.generated_epilogue import forward as forward_by_operators
-from qbench.numerics.generated_rounding import Rounding
+from qbench.numerics.generated_rounding import Rounding, clip_sample
+from qbench.numerics.generated_rounding import clip as clip_by_operators
 from qbench.numerics.native.library import Library, library, refuse
 from qbench.numerics.qparams import QSpec
 from qbench.numerics.saved_codes import Coded, fits_a_byte, lowering
@@ -217,6 +219,107 @@ class Following:
         grad_y, grad_gamma, grad_beta = torch.empty_like(y), y.new_empty(sizes[1]), y.new_empty(sizes[1])
         self._functions.backward(grad, y, kept, *sizes, grad_y, grad_gamma, grad_beta)
         return grad_y, grad_gamma, grad_beta
+
+
+class Clipping:
+    """An activation that clamps and a quantizer per tensor, where a tensor lies.
+
+    Args:
+        rounding: Both.
+        weight: As of `Following`.
+        functions: Of `layer.cpp`.
+    """
+
+    def __init__(self, rounding: Rounding, weight: float | None, functions: Library) -> None:
+        spec = rounding.spec
+        self._functions, self._fits = functions, fits_a_byte(spec)
+        self._given = 0 if weight is None else _OBSERVES
+        grid = rounding.low, rounding.high, spec.qmin, spec.qmax, lowering(spec)
+        self._rule = *grid, int(spec.symmetric), 0.0 if weight is None else weight
+
+    def __call__(
+        self, v: Tensor, ends: tuple[Tensor, Tensor], scale: Tensor, zero_point: Tensor, with_codes: bool = False
+    ) -> tuple[Tensor, Coded | None] | None:
+        """`v`, on the grid, and its codes where they are asked for and fit into a byte.
+
+        None where a tensor is not as C++ expects it: nothing was written to then.
+
+        Args:
+            v: float32 on a CPU, any shape, without gaps in memory, and not a view: written to.
+            ends: The observer's lowest and highest value, float32, (), written to; anything where nothing observes.
+            scale: `s`, float32, (), written to.
+            zero_point: `z`, int32, (), written to.
+            with_codes: Whether to write down the codes.
+        """
+        if not _all_usable(1, *ends, scale):
+            return None
+        codes: list[Coded | None] = []
+        out: Tensor = _Clip.apply(v, (*ends, scale, zero_point), self, with_codes and self._fits, codes)
+        return out, codes[0]
+
+    def clip(
+        self, v: Tensor, to: tuple[Tensor, ...], with_codes: bool
+    ) -> tuple[Tensor, Coded | None]:
+        """Where gradients pass, int8 like `v`, and the codes."""
+        mask, kept = torch.empty_like(v, dtype=torch.int8), v.new_empty(2)
+        codes = torch.empty_like(mask) if with_codes else mask
+        given = self._given + with_codes * _CODES
+        self._functions.clip(v, *to, given, v.numel(), *self._rule, mask, kept, codes)
+        torch.autograd.graph.increment_version(to[-2:])
+        return mask, Coded(codes, kept[0], kept[1]) if with_codes else None
+
+    def backward(self, grad: Tensor, mask: Tensor) -> Tensor:
+        """`grad` where it passes, else 0."""
+        if grad.stride() != mask.stride() or grad.dtype is not torch.float32:
+            return grad * mask
+        out = torch.empty_like(grad)
+        self._functions.masked(grad, mask, grad.numel(), out)
+        return out
+
+
+class _Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, to: tuple[Tensor, ...], clipping: Clipping, with_codes: bool, codes: list[Coded | None]
+    ) -> Tensor:
+        ctx.mark_dirty(v)
+        mask, coded = clipping.clip(v, to, with_codes)
+        codes.append(coded)
+        ctx.clipping = clipping
+        ctx.save_for_backward(mask)
+        return v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.clipping.backward(grads[0], ctx.saved_tensors[0]), None, None, None, None
+
+
+@functools.lru_cache(maxsize=256)
+def clipping(weight: float | None, *rounding: Any) -> Clipping | None:
+    """An activation and a quantizer by C++; None where there is nothing for it, or nothing with the same bits.
+
+    Args:
+        weight: As of `Following`.
+        rounding: What `Rounding` is made of: on a CPU, a grid that does not learn.
+    """
+    plan, functions = Rounding(*rounding), library()
+    if plan.spec.power_of_two or functions is None:
+        return None
+    found = Clipping(plan, weight, functions)
+    with torch.no_grad():
+        ours, theirs = clip_sample(plan), clip_sample(plan)
+        for _ in range(2):
+            v, scale, zero_point, *state = ours
+            mask, coded = found.clip(v, (*(state or (scale, scale)), scale, zero_point), fits_a_byte(plan.spec))
+            pairs = zip((mask, *ours), (*clip_by_operators(*theirs, plan), *theirs), strict=True)
+            again = coded is None or same_bits(coded.value() + 0.0, v + 0.0)
+            grads = found.backward(theirs[0], mask), theirs[0] * mask
+            if not (again and same_bits(*grads) and all(same_bits(a, b) for a, b in pairs)):
+                refuse("other bits than PyTorch's operators here")
+                return None
+            ours[0], theirs[0] = (one * 1.7 for one in (clip_sample(plan)[0], clip_sample(plan)[0]))
+    return found
 
 
 @functools.lru_cache(maxsize=256)
