@@ -63,8 +63,8 @@ def qbench_lsq(name: str, model: nn.Module, images: Images) -> nn.Module:
 
 
 def qbench_compiled(name: str, model: nn.Module, images: Images) -> nn.Module:
-    """The QAT form by qbench, compiled whole."""
-    return torch.compile(qbench_plain(name, model, images), fullgraph=True)  # type: ignore[return-value]
+    """The fast path, compiled whole."""
+    return torch.compile(qbench_fast(name, model, images), fullgraph=True)  # type: ignore[return-value]
 
 
 def torch_ao(name: str, model: nn.Module, images: Images) -> nn.Module:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import qbench
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import codes_of
+from qbench.nn import intrinsic as nni
+from qbench.nn.intrinsic import qat as nniqat
 from qbench.nn.qat import epilogue as epilogue_module
 from qbench.nn.qat import fast_parameters
 from qbench.nn.qat.epilogue import ClipByNative, clip_of, rule_of
@@ -31,7 +33,7 @@ from qbench.numerics.saved_codes import lowering
 from qbench.observers import MinMaxObserver, MovingAverageMinMaxObserver
 from qbench.observers.min_max import weight_of_newest
 
-from .support import CASES, Case, batch, case_named, make_layer, without_native
+from .support import CASES, Case, batch, case_named, make_layer, with_input, without_native
 from .test_fast_path import batches, network, prepared, trained
 
 FORMATS = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
@@ -213,8 +215,27 @@ def test_what_is_quantized_where_it_lies_has_the_bits_of_the_steps(
             assert torch.equal(coded.value(), out)
 
 
-def test_activations_behind_a_quantizer_of_their_own_train_as_on_the_plain_path() -> None:
-    """The block of an EfficientNet: Conv–BN–SiLU, whose SiLU is a table, and the product that scales its channels."""
+@pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
+@pytest.mark.parametrize("activation", [nn.Hardswish, nn.LeakyReLU], ids=["hardswish", "leaky relu"])
+def test_a_layer_whose_activation_has_a_quantizer_before_it(activation: type[nn.Module], low_memory: bool) -> None:
+    """The values of its parts one after the other; where the activation's backward allows it, it is written to."""
+    float_type = type("Fused", (nni.Fused,), {"part_types": (nn.Conv2d, nn.BatchNorm2d, activation)})
+    kind = type("Qat", (nniqat.ConvBn2d,), {"float_type": float_type, "activation": activation})
+    parts = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), activation()
+    layer = with_input(kind.from_float(float_type(*parts), qbench.get_qconfig()), batches()[0])  # type: ignore[attr-defined]
+    layer = layer.train().apply(qbench.enable_fast_path)
+    if low_memory:
+        layer.apply(qbench.enable_low_memory)
+    one, apart = copy.deepcopy(layer), copy.deepcopy(layer)
+    apart.convolution = lambda: None  # type: ignore[method-assign]
+    ours, theirs = trained(one, batches())[0], trained(apart, batches())[0]
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    y = one(batches()[0])
+    assert one.path == "native" and (codes_of(y) is not None) == (low_memory and activation is nn.Hardswish)
+
+
+def test_activations_that_stand_alone_train_as_on_the_plain_path() -> None:
+    """The block of an EfficientNet: Conv–BN, SiLU, which is a table, and the product that scales its channels."""
 
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -64,7 +64,8 @@ def _native_parameters(folding: Folding, eps: float | None) -> native.Parameters
     if functions is None:
         return None
     rule = (0, 0) if bias is None else (bias.spec.bits, bias.spec.code_limit)
-    found = native.Parameters(folding.weight_quantizer.spec, *rule, eps, functions)
+    spec = folding.weight_quantizer.spec
+    found = native.Parameters(spec.qmin, spec.qmax, *rule, eps, functions)
     with torch.no_grad():
         ours, wanted = _by_both(found, folding, eps)
     if ours is not None and all(map(same_bits, ours, wanted)):

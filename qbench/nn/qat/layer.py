@@ -24,6 +24,7 @@ from qbench.nn.intrinsic.fused import Fused, as_types
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
+from qbench.nn.qat.compiled_step import Rule, compiled_step, rule_of
 from qbench.nn.qat.epilogue import bounds_of, epilogue
 from qbench.nn.qat.fast_parameters import fast_parameters, fast_weight_and_bias
 from qbench.nn.qat.parameters import (
@@ -175,12 +176,25 @@ class QatLayer(QatModule):
         """Input on its grid -> output on its grid."""
         (x,) = self.quantized_inputs((input,))
         if self.training and not args:
-            found = training_step(self, x)
+            found = compiled_step(self, x) if torch.compiler.is_compiling() else training_step(self, x)
             if found is not None:
                 return found
         if self.uses_batch_statistics():
             return self._train_forward(x, *args)
         return self._epilogue(self.folded_output(x, *args))
+
+    def serving_rule(self, *switches: Any) -> Rule | None:
+        """What C++ needs to know of this layer to serve it in a model that is compiled; None where it does not.
+
+        A question that is answered while a model is traced, by the layer itself, not by its trace.
+
+        Args:
+            switches: What else the answer hangs on: compiled code is guarded by them.
+        """
+        return rule_of(self)
+
+    # What `torch.compiler.assume_constant_result` does; that would import the compiler here.
+    serving_rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def folded_output(self, x: Tensor, *args: Any) -> Tensor:
         """`F.conv*(x̂, Ŵ, b̂)`: the linear part with the BatchNorm folded, before the activation; one call."""
@@ -191,7 +205,7 @@ class QatLayer(QatModule):
 
     def _folded_parameters(self) -> tuple[Tensor, Tensor | None, QParams]:
         """`Ŵ`, `b̂` and the grid of `Ŵ`."""
-        input_scale = self._input_scale()
+        input_scale = self.input_scale()
         plain = self.batch_norm is None and self.bias_quantizer is not None
         if plain and self.fast_path and self.training and input_scale is not None and not input_scale.requires_grad:
             found = fast_weight_and_bias(self.folding(), self.linear_weight, self.linear_bias, input_scale)
@@ -228,7 +242,7 @@ class QatLayer(QatModule):
         return self._epilogue(y, bn)
 
     def _training_parameters(self) -> TrainingParameters:
-        folding, bn, input_scale = self.folding(), self._bn_tensors(), self._input_scale()
+        folding, bn, input_scale = self.folding(), self._bn_tensors(), self.input_scale()
         if self.fast_path and bn is not None and not (input_scale is not None and input_scale.requires_grad):
             found = fast_parameters(folding, self.linear_weight, self.linear_bias, bn, input_scale)
             if found is not None:
@@ -273,7 +287,7 @@ class QatLayer(QatModule):
 
         The scale is None where there is none: the input or the weight is in float.
         """
-        given = self.linear_weight, self.linear_bias, self._bn_tensors(), self._input_scale()
+        given = self.linear_weight, self.linear_bias, self._bn_tensors(), self.input_scale()
         return self.folding().parameters(*given)
 
     def folding(self) -> Folding:
@@ -284,7 +298,8 @@ class QatLayer(QatModule):
         """The linear part as a convolution with its gradients; None where it is none."""
         return None
 
-    def _input_scale(self) -> Tensor | None:
+    def input_scale(self) -> Tensor | None:
+        """`s_in`, (), where the layer computes on codes; else None."""
         source = self._sources[0] if self._sources else None
         if source is None or not source.active or not self.weight_quantizer.fake_quant_enabled:
             return None

@@ -35,7 +35,7 @@ def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     """The output of a layer in training from one function, given `x̂`; None where there is none for it."""
     if torch.compiler.is_compiling():
         return None
-    plan, weight = prepared(layer, _plan_of, _others), layer.linear_weight
+    plan, weight = prepared(layer, plan_of, _others), layer.linear_weight
     step = plan.step
     if step is None or x.ndim != weight.ndim or not at_hand(x) or torch.is_autocast_enabled("cpu"):
         return None
@@ -46,7 +46,7 @@ def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     return out if plan.quantizer is layer.output_quantizer else layer.activated(out, plan.clip)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What serves a layer.
 
     Attributes:
@@ -70,14 +70,15 @@ def _source_of(layer: QatLayer) -> FakeQuantize | None:
     return layer.sources[0] if layer.sources else None
 
 
-def _plan_of(layer: QatLayer) -> _Plan:
+def plan_of(layer: QatLayer) -> Plan:
+    """What serves a layer as it is now."""
     before, last = layer.pre_activation_quantizer, layer.output_quantizer
     if before is None:
-        return _Plan(_step_of(layer, last, bounds_of(layer.activation_module)), last)
+        return Plan(_step_of(layer, last, bounds_of(layer.activation_module)), last)
     step, clip = _step_of(layer, before, bounds_of(None)), None
     if layer.fast_path and leaves_output(layer.activation_module):
         clip = clip_of(bounds_of(None), last, "cpu", layer.low_memory)
-    return _Plan(step, before, clip)
+    return Plan(step, before, clip)
 
 
 def _step_of(

@@ -26,7 +26,6 @@ from qbench.numerics.generated_epilogue import forward as forward_by_operators
 from qbench.numerics.generated_rounding import Rounding, clip_sample
 from qbench.numerics.generated_rounding import clip as clip_by_operators
 from qbench.numerics.native.library import Library, library, refuse
-from qbench.numerics.qparams import QSpec
 from qbench.numerics.saved_codes import Coded, fits_a_byte, lowering
 
 # Which of the things that may be missing are there: `Given` in layer.cpp.
@@ -56,13 +55,15 @@ class Parameters:
     """The parameters of a layer whose weight has a symmetric range a channel, its own, and whose bias follows from it.
 
     Attributes:
-        spec: Of the weight.
+        qmin: Lowest code of the weight.
+        qmax: Highest code of the weight.
         bias_bits: Width of the bias.
         code_limit: Largest |q_b|; 0 where the bias stays float.
         eps: The BatchNorm's; None where there is none.
     """
 
-    spec: QSpec
+    qmin: int
+    qmax: int
     bias_bits: int
     code_limit: int
     eps: float | None
@@ -106,7 +107,7 @@ class Parameters:
         silenced = weight.new_empty(channels, dtype=torch.bool)
         tensors = (weight if one is None else one for one in (bias, gamma, beta, mean, var, input_scale))
         sizes = given, channels, weight.numel() // channels, _bits(self.eps or 0.0)
-        rule = self.spec.qmin, self.spec.qmax, self.bias_bits, self.code_limit
+        rule = self.qmin, self.qmax, self.bias_bits, self.code_limit
         self.functions.parameters(weight, *tensors, *sizes, *rule, value, step, error, silenced)
         return Found(value, step, error if rounds else None, silenced)
 
@@ -122,7 +123,7 @@ class Parameters:
         if not _in_one_piece(weight) or value.stride() != weight.stride() or not _usable(step, channels):
             return False
         sizes = channels, weight.numel() // channels
-        self.functions.again(weight, step, *sizes, self.spec.qmin, self.spec.qmax, value)
+        self.functions.again(weight, step, *sizes, self.qmin, self.qmax, value)
         return True
 
 

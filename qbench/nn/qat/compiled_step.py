@@ -1,0 +1,146 @@
+"""The training step of a layer in a model that is compiled whole: operators in C++ in place of what would be traced.
+
+Whether they serve a layer is asked of the layer itself, once, while the model is traced (`QatLayer.serving_rule`); what
+may change later is read in the traced code, so that the compiled code is guarded by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qbench.nn.qat.epilogue import ByNative, bounds_of
+from qbench.nn.qat.fast_parameters import StraightParameters
+from qbench.nn.qat.step import Plan, plan_of
+from qbench.numerics.native import operators
+from qbench.observers.min_max import weight_of_newest
+
+if TYPE_CHECKING:
+    from qbench.nn.qat.layer import QatLayer
+
+
+class Rule(NamedTuple):
+    """What stays of a layer that is served.
+
+    Attributes:
+        before: Whether the quantizer that is part of it is the one before the activation.
+        low: Lower bound of the activation that is part of it.
+        high: Upper bound.
+        bits: Of the quantizer's codes.
+        signed: Whether they are.
+        symmetric: Whether its grid is.
+        averages: Whether its observer averages ranges; else it keeps the hull of all.
+        weight_grid: Lowest and highest code of the weight.
+        bias: Width and largest code of the bias; 0 and 0 where it stays float.
+    """
+
+    before: bool
+    low: float
+    high: float
+    bits: int
+    signed: bool
+    symmetric: bool
+    averages: bool
+    weight_grid: tuple[int, int]
+    bias: tuple[int, int]
+
+
+def rule_of(layer: QatLayer) -> Rule | None:
+    """What stays of a layer; None where C++ does not serve it."""
+    with _not_compiling():
+        plan: Plan = plan_of(layer)
+    step, quantizer = plan.step, plan.quantizer
+    if step is None or quantizer is None or not isinstance(step.follow, ByNative):
+        return None
+    if not isinstance(step.parameters, StraightParameters) or step.parameters.functions is None:
+        return None
+    before = quantizer is not layer.output_quantizer
+    bounds = bounds_of(None if before else layer.activation_module)
+    assert bounds is not None
+    spec, functions = quantizer.spec, step.parameters.functions
+    averages = weight_of_newest(quantizer.observer) != -1.0
+    grid, bias = (functions.qmin, functions.qmax), (functions.bias_bits, functions.code_limit)
+    return Rule(before, *bounds, spec.bits, spec.signed, spec.symmetric, averages, grid, bias)
+
+
+@contextlib.contextmanager
+def _not_compiling() -> Iterator[None]:
+    """While it is entered, nothing takes itself to be traced: while a model is, all of a process does."""
+    before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def compiled_step(layer: QatLayer, x: Tensor) -> Tensor | None:
+    """The output of a layer in training, given `x̂`; None where it is to be traced instead."""
+    weight, bn, sources = layer.linear_weight, layer.bn, layer.sources
+    if not layer.fast_path or not layer.uses_batch_statistics() or not sources or x.ndim != weight.ndim:
+        return None
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch.compiler.is_exporting():  # what is exported runs elsewhere, too
+        return None
+    quantizers: list[Any] = [layer.output_quantizer, layer.pre_activation_quantizer, layer.weight_quantizer]
+    there = [one for one in quantizers if one is not None]
+    # The answer is that of this moment: these are read here so that another moment is asked again.
+    switches = [one.training and one.observer_enabled for one in there] + [one.fake_quant_enabled for one in there]
+    bounds = bounds_of(layer.activation_module) or ()
+    rule: Rule | None = layer.serving_rule(bn.training, sources[0].fake_quant_enabled, *switches, *bounds)  # type: ignore[union-attr]
+    if rule is None:
+        return None
+    return _served(layer, x, rule)
+
+
+def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
+    bn: Any = layer.bn
+    quantizer: Any = layer.pre_activation_quantizer if rule.before else layer.output_quantizer
+    observer = quantizer.observer
+    running = bn.running_mean, bn.running_var
+    bias = layer.linear_bias
+    value, _, error, silenced = operators.layer_parameters(
+        layer.linear_weight,
+        None if bias is None else bias.detach(),
+        None if bn.weight is None else bn.weight.detach(),
+        None if bn.bias is None else bn.bias.detach(),
+        *running,
+        layer.input_scale(),
+        bn.eps,
+        *rule.weight_grid,
+        *rule.bias,
+    )
+    y = layer.linear(x, value, bias)
+    observes = quantizer.training and quantizer.observer_enabled
+    weight = None if not observes else observer.averaging_constant if rule.averages else -1.0
+    grid = quantizer.scale, quantizer.zero_point
+    ends = (observer.min_val, observer.max_val) if observes else (grid[0], grid[0])
+    state = *running, *ends, *grid
+    has_error = rule.bias[1] > 0 and layer.input_scale() is not None
+    out, _, *moved = operators.layer_forward(
+        y,
+        bn.weight,
+        bn.bias,
+        error if has_error else None,
+        silenced,
+        *state,
+        bn.momentum,
+        bn.eps,
+        rule.low,
+        rule.high,
+        rule.bits,
+        rule.signed,
+        rule.symmetric,
+        weight,
+    )
+    with torch.no_grad():
+        for old, new in zip(state if observes else running, moved, strict=False):
+            old.copy_(new.detach())
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+    quantizer.seen_data = True
+    return layer.activated(out) if rule.before else out
