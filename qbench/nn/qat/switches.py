@@ -33,12 +33,13 @@ def disable_low_memory(module: nn.Module) -> None:
 
 
 def enable_fast_path(module: nn.Module) -> None:
-    """Train by generated code where there is some: `model.apply(qbench.enable_fast_path)`.
+    """Train by C++ or generated code where there is some: `model.apply(qbench.enable_fast_path)`.
 
-    What follows a layer with a BatchNorm, and what comes before it, is compiled by `torch.compile` in its first step,
-    once for all layers that are configured alike. Codes are those of the plain path for the same statistics, which are
-    summed in another order. Where there is no compiler, or none for this device, dtype or layout, the plain path goes
-    on, with one line in the log of "qbench".
+    What follows a layer, and what comes before it, is compiled in its first step: on CPUs C++ that is the same for all
+    layers; where that does not serve (learned grids, other observers), what `torch.compile` generates, once for all
+    layers that are configured alike. Codes are those of the plain path for the same statistics, which are summed in
+    another order. Where there is no compiler, or none for this device, dtype or layout, the plain path goes on, with
+    one line in the log of "qbench".
     """
     if isinstance(module, QatModule):
         module.fast_path = True
@@ -51,7 +52,7 @@ def disable_fast_path(module: nn.Module) -> None:
 
 
 def training_paths(model: nn.Module) -> TrainingPaths:
-    """Which code layers and sums took in their last forward in training: generated code, or PyTorch's operators."""
+    """Which code layers and sums took in their last forward in training: C++, generated, or PyTorch's operators."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (QatLayer, Sum))}
     wanted = any(layer.fast_path for layer in layers.values())
     return TrainingPaths({name: layer.path for name, layer in layers.items()}, refusals() if wanted else ())
