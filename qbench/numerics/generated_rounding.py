@@ -124,8 +124,8 @@ def learned_code(*rounding: Any) -> BothWays:
     """The code of `round_learned`; `rounding` is what `Rounding` is made of."""
     found = Rounding(*rounding)
     fixed = dataclasses.replace(found, gradient="none")
-    backward = generated(_round_backward, _round_backward_sample, found)
-    return BothWays(generated(_round, _round_sample, fixed), backward)
+    backward = generated(round_backward, round_backward_sample, found)
+    return BothWays(generated(round_all, _round_sample, fixed), backward)
 
 
 @functools.lru_cache(maxsize=256)
@@ -206,13 +206,13 @@ class _GeneratedLearned(torch.autograd.Function):
         return result if wanted[0] else None, *given, None, None
 
 
-def _round(out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensors:
+def round_all(out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensors:
     """`out`, (rows, values), becomes `v` on the grid."""
     out.copy_(rounding.round(v, scale, zero_point))
     return ()
 
 
-def _round_backward(
+def round_backward(
     result: Tensor, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding
 ) -> Tensors:
     """Gradients to `s` and `z`, of their shape; `result`, (rows, values), becomes that to `v`."""
@@ -225,19 +225,18 @@ def _round_backward(
     return grad_scale, -scale * outside
 
 
-def _round_sample(rounding: Rounding) -> list[Tensor | None]:
+def _round_sample(rounding: Rounding) -> list[Tensor]:
     flat, *grid = clip_sample(rounding)
-    assert flat is not None
     v = flat.view(200, 15)
     if rounding.spec.axis is not None:
         steps = torch.arange(1, 1 + len(v), device=v.device)[:, None]
-        grid = [None if value is None else (value * steps / 100).to(value.dtype) for value in grid]
+        grid = [(value * steps / 100).to(value.dtype) for value in grid]
     return [torch.empty_like(v), v, *grid]
 
 
-def _round_backward_sample(rounding: Rounding) -> list[Tensor | None]:
+def round_backward_sample(rounding: Rounding) -> list[Tensor]:
+    """Arguments of `round_backward` whose sums are of one value."""
     out, v, *grid = _round_sample(rounding)
-    assert v is not None
     grad = torch.randint(-5, 6, v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     grad = grad * (torch.arange(v.shape[1], device=v.device) == 7)  # sums of what goes to the grid are exact for one
     return [out, grad, v, *grid]

@@ -31,6 +31,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     for steps in ("following", "clipping"):
         monkeypatch.setattr(f"qbench.nn.qat.epilogue.{steps}", lambda *_: None)
     monkeypatch.setattr("qbench.nn.qat.fast_parameters.native_parameters", lambda *_: None)
+    monkeypatch.setattr("qbench.nn.qat.parameters.weight_rounding", lambda *_: None)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

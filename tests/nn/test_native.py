@@ -34,7 +34,7 @@ from qbench.observers import MinMaxObserver, MovingAverageMinMaxObserver
 from qbench.observers.min_max import weight_of_newest
 
 from .support import CASES, Case, batch, case_named, make_layer, with_input, without_native
-from .test_fast_path import batches, network, prepared, trained
+from .test_fast_path import batches, network, paths_of_learned_grids, prepared, trained
 
 FORMATS = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
 SHAPES = (
@@ -264,6 +264,15 @@ def test_activations_that_stand_alone_train_as_on_the_plain_path() -> None:
     fast.eval()
     program = qbench.convert(fast, example_inputs=(batches()[0],))
     assert int((fast(batches()[0]) != program.module()(batches()[0])).sum()) == 0
+
+
+@pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)
+@pytest.mark.parametrize("method", ["lsq", "lsq_plus", "pact", "tqt"])
+def test_learned_grids_have_the_codes_and_gradients_of_the_steps(
+    method: str, memory_format: torch.memory_format
+) -> None:
+    paths = paths_of_learned_grids(method, memory_format)
+    assert paths == {"native", "generated"}  # sums, and layers without BatchNorm, are generated
 
 
 @pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)

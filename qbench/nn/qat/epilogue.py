@@ -33,7 +33,7 @@ from qbench.numerics.generated import DEVICES, Generated, standing_for
 from qbench.numerics.generated_epilogue import Code, Moved, generated_code, normalize_clip_quantize
 from qbench.numerics.generated_rounding import clip_code, clip_quantize, learned_code, round_learned
 from qbench.numerics.interval import is_served
-from qbench.numerics.layer_step import Follow, FollowByPath, Learned, normalized
+from qbench.numerics.layer_step import Follow, Learned, normalized
 from qbench.numerics.native.steps import Clipping, Following, Remembered, clipping, following
 from qbench.observers import Observer
 from qbench.observers.min_max import weight_of_newest
@@ -103,10 +103,11 @@ def generated_epilogue(
         follow = fastest(bn, quantizer, bounds, y.device.type)
         if isinstance(follow, InBlocks) or (isinstance(follow, ByCode) and follow.code(y) is None):
             return None
+        if learned is not None and channels_are_last(y) is None:
+            return None
         if learned is None:
             out = _normalized(y, bn, follow)
         else:
-            assert isinstance(follow, ByCode)
             grid, gradients = _learned_grid(y, learned)
             out = learned.regularized(_normalized(y, bn, functools.partial(follow, grid=grid), gradients))
         return note_producer(out, quantizer), follow.path
@@ -267,7 +268,7 @@ class ByNative:
         bn: TrainingBatchNorm,
         quantizer: FakeQuantize,
         steps: Following,
-        otherwise: FollowByPath,
+        otherwise: ByCode,
         low_memory: bool = False,
     ) -> None:
         self.path, self._low_memory = "native", low_memory
@@ -275,22 +276,33 @@ class ByNative:
         self._backward = functools.partial(_native_backward, steps=steps)
 
     def __call__(
-        self, y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, silenced: Tensor | None
+        self,
+        y: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        error: Tensor | None,
+        silenced: Tensor | None,
+        grid: tuple[Tensor, Tensor] | None = None,
     ) -> fused.Followed:
-        """See `Follow`."""
+        """See `Follow`; with the grid where that is learned."""
         bn, quantizer = self._holder, self._quantizer
-        grid, observed = quantizer._buffers, quantizer.observer._buffers
-        scale, zero_point = grid["scale"], grid["zero_point"]
-        low, high = observed.get("min_val", scale), observed.get("max_val", scale)
-        assert scale is not None and zero_point is not None and low is not None and high is not None
+        if grid is None:
+            own, observed = quantizer._buffers, quantizer.observer._buffers
+            scale, zero_point = own["scale"], own["zero_point"]
+            low, high = observed.get("min_val", scale), observed.get("max_val", scale)
+            assert scale is not None and zero_point is not None and low is not None and high is not None
+        else:
+            low = high = scale = grid[0]
+            zero_point = grid[1]
         to = Remembered(bn.running_mean, bn.running_var, bn.num_batches_tracked, low, high, scale, zero_point)
         found = self._steps.forward(y, gamma, beta, error, silenced, to, self._low_memory)
         if found is None:
-            followed = self._otherwise(y, gamma, beta, error, silenced)
+            followed = self._otherwise(y, gamma, beta, error, silenced, grid)
             self.path = self._otherwise.path
             return followed
         self.path = "native"
-        _note_data(quantizer)
+        if grid is None:
+            _note_data(quantizer)
         out, saved, coded = found
         return fused.Followed(out, (saved,), self._backward, coded)
 
@@ -301,7 +313,7 @@ def fastest(
     bounds: tuple[float, float] | None,
     device: str,
     low_memory: bool = False,
-) -> FollowByPath:
+) -> ByNative | ByCode | InBlocks:
     """What follows a linear part by the fastest code that there is: C++, generated code, or operators in blocks."""
     rounding, chain = rounding_of(bounds, quantizer, device), chain_of(bounds, quantizer)
     in_blocks = None if chain is None else InBlocks(bn, chain)
@@ -310,7 +322,7 @@ def fastest(
         return in_blocks
     generated = ByCode(bn, quantizer, rounding, in_blocks, low_memory)
     observes, weight = rounding[3] is not None, weight_of_newest(quantizer.observer)
-    if quantizer.learned or device != "cpu" or (observes and weight is None):
+    if device != "cpu" or (observes and weight is None):
         return generated
     steps = following(weight if observes else None, bn.holder.momentum, bn.holder.eps, *rounding)
     return generated if steps is None else ByNative(bn, quantizer, steps, generated, low_memory)
@@ -319,10 +331,10 @@ def fastest(
 def _native_backward(
     grad: Tensor, y: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], *, steps: Following
 ) -> tuple[Tensor | None, ...]:
-    grad_y, *others = steps.backward(grad, y, saved[0])
+    grad_y, grad_gamma, grad_beta, *to_grid = steps.backward(grad, y, saved[0])
     # The gradient to e, which is added to β, is that to β.
-    given = zip((*others, others[1]), wanted[1:4], strict=True)
-    return grad_y, *(value if asked else None for value, asked in given), None, None
+    others = grad_gamma, grad_beta, grad_beta, *(to_grid or (None, None))
+    return grad_y, *(value if asked else None for value, asked in zip(others, wanted[1:], strict=True))
 
 
 def _note_data(quantizer: FakeQuantize) -> None:

@@ -20,6 +20,7 @@ from qbench.numerics.fold import BatchNormTensors, WeightLayout, fold_bias, fold
 from qbench.numerics.generated import DEVICES, BothWays
 from qbench.numerics.generated_rounding import learned_code, round_learned
 from qbench.numerics.layer_step import TrainingParameters
+from qbench.numerics.native.steps import round_weight, weight_rounding
 from qbench.numerics.qparams import QParams
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
 
@@ -88,7 +89,7 @@ class Folding:
         )
 
     def _round(self, weight: Tensor, grid: QParams) -> Tensor:
-        found = _generated_rounding(weight, grid, self.weight_quantizer) if self.fast_path else None
+        found = _fast_rounding(weight, grid, self.weight_quantizer) if self.fast_path else None
         return self.weight_quantizer.fake_quantize(weight, grid) if found is None else found
 
 
@@ -109,10 +110,17 @@ def training_parameters(
     return TrainingParameters(value.to(weight.dtype), grid.unfolded_qparams(), error, silenced)
 
 
-def _generated_rounding(weight: Tensor, grid: QParams, quantizer: FakeQuantize) -> Tensor | None:
-    """`fake_quantize` of a weight with learned scales by generated code; None where there is none for it."""
+def _fast_rounding(weight: Tensor, grid: QParams, quantizer: FakeQuantize) -> Tensor | None:
+    """`fake_quantize` of a weight with learned scales by C++ or generated code; None where there is neither for it."""
+    if quantizer.grid_gradient != "residual":
+        return None
+    if at_hand(weight) and grid.axis == 0 and grid.group_size is None and quantizer.spec.symmetric:
+        functions = weight_rounding(quantizer.spec)
+        found = functions and round_weight(weight, grid.scale, grid.qmin, grid.qmax, functions)
+        if found is not None:
+            return found
     last, code = channels_are_last(weight), rounding_code(weight, grid, quantizer)
-    if last is None or code is None or quantizer.grid_gradient != "residual":
+    if last is None or code is None:
         return None
     scale, zero_point = grid.scale[:, None], grid.zero_point[:, None]
     rows = in_memory_order(weight, last).flatten(1)

@@ -39,6 +39,8 @@ enum Given : int64_t {
     kBatches = 128,
     kObserves = 256,
     kCodes = 512,
+    kBounds = 1024,
+    kLearns = 2048,
 };
 
 double double_of(int64_t bits) {
@@ -361,8 +363,9 @@ void quantize(const float* y, float* kept, const float* scale, const int32_t* ze
     const float least = static_cast<float>(qmin) - zero, most = static_cast<float>(qmax) - zero;
     const Grid grid(*scale, least, most, low, high);
     float* more = kept + 4 * channels;
-    more[0] = at_least(-first_beyond(-least, *scale), low);
-    more[1] = at_most(first_beyond(most, *scale), high);
+    const bool by_codes = !(given & kBounds);
+    more[0] = at_least(by_codes ? -first_beyond(-least, *scale) : std::nextafter(least * *scale, -kInfinity), low);
+    more[1] = at_most(by_codes ? first_beyond(most, *scale) : std::nextafter(most * *scale, kInfinity), high);
     more[2] = *scale;
     more[3] = zero - static_cast<float>(lowered);
     if (given & kCodes)
@@ -404,27 +407,72 @@ float passed(float grad, float v, float above, float below) {
     return v > above ? under : 0.0f;
 }
 
+// How a grid gets its gradient: `GridGradient`.
+enum Gradient { kNone, kResidual, kByBounds };
+
+// A grid that learns: what each value hands to `s` and to −z·s, `Rounding.shared`.
+template <Gradient kGradient>
+struct Learning {
+    float low, high, inverse, least, most, first, end;
+    Learning(const float* more, float from, float to, int64_t qmin, int64_t qmax, int64_t lowered)
+        : low(from), high(to), inverse(1.0f / more[2]) {
+        const float zero = more[3] + static_cast<float>(lowered);
+        least = static_cast<float>(qmin) - zero;
+        most = static_cast<float>(qmax) - zero;
+        first = kGradient == kByBounds ? least * more[2] : least;
+        end = kGradient == kByBounds ? most * more[2] : most;
+    }
+    float clipped(float v) const { return at_most(at_least(v, low), high); }
+    bool inside(float a, float steps) const {
+        const float looked_at = kGradient == kByBounds ? a : steps;
+        return (looked_at >= first) & (looked_at <= end);
+    }
+    float to_scale(float grad, float v) const {
+        const float a = clipped(v), position = a * inverse, steps = std::rint(position);
+        const float within = kGradient == kByBounds ? 0.0f : steps - position;
+        return grad * (inside(a, steps) ? within : at_most(at_least(steps, least), most));
+    }
+    float to_zero(float grad, float v) const {
+        const float a = clipped(v);
+        return inside(a, std::rint(a * inverse)) ? 0.0f : grad;
+    }
+};
+
+// Σg', Σg'·(y − μ), and where the grid learns what goes to `s` and to −z·s, of some values of a channel.
+struct Passed {
+    double total = 0.0, products = 0.0, to_scale = 0.0, to_zero = 0.0;
+};
+
+template <Gradient kGradient>
 void backward_of_rows(const float* grad, const float* y, const float* kept, int64_t outer, int64_t channels,
-                      int64_t inner, float* grad_y, float* grad_gamma, float* grad_beta) {
+                      int64_t inner, const Learning<kGradient> learning, float* grad_y, float* grad_gamma, float* grad_beta,
+                      std::vector<Passed>& sums) {
     const float above = kept[4 * channels], below = kept[4 * channels + 1];
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < channels; ++c) {
         const float mean = kept[c], factor = kept[2 * channels + c], constant = kept[3 * channels + c];
-        double total = 0.0, products = 0.0;
+        Passed found;
         for (int64_t n = 0; n < outer; ++n) {
             const float *row = y + (n * channels + c) * inner, *given = grad + (n * channels + c) * inner;
-            float sum = 0.0f, product = 0.0f;
-#pragma omp simd reduction(+ : sum, product)
+            float sum = 0.0f, product = 0.0f, to_scale = 0.0f, to_zero = 0.0f;
+#pragma omp simd reduction(+ : sum, product, to_scale, to_zero)
             for (int64_t i = 0; i < inner; ++i) {
-                const float value = passed(given[i], std::fma(row[i], factor, constant), above, below);
+                const float v = std::fma(row[i], factor, constant), value = passed(given[i], v, above, below);
                 sum += value;
                 product += value * (row[i] - mean);
+                if (kGradient != kNone) {
+                    to_scale += learning.to_scale(given[i], v);
+                    to_zero += learning.to_zero(given[i], v);
+                }
             }
-            total += sum;
-            products += product;
+            found.total += sum;
+            found.products += product;
+            found.to_scale += to_scale;
+            found.to_zero += to_zero;
         }
-        const Slope by(total, products, static_cast<double>(outer * inner), kept[channels + c], grad_gamma + c,
-                       grad_beta + c);
+        sums[c] = found;
+        const Slope by(found.total, found.products, static_cast<double>(outer * inner), kept[channels + c],
+                       grad_gamma + c, grad_beta + c);
         for (int64_t n = 0; n < outer; ++n) {
             const int64_t start = (n * channels + c) * inner;
             const float *row = y + start, *given = grad + start;
@@ -438,42 +486,60 @@ void backward_of_rows(const float* grad, const float* y, const float* kept, int6
     }
 }
 
+template <Gradient kGradient>
 void backward_of_columns(const float* grad, const float* y, const float* kept, int64_t rows, int64_t channels,
-                         float* grad_y, float* grad_gamma, float* grad_beta) {
+                         const Learning<kGradient> learning, float* grad_y, float* grad_gamma, float* grad_beta,
+                         std::vector<Passed>& sums) {
     const float above = kept[4 * channels], below = kept[4 * channels + 1];
     const float *mean = kept, *factor = kept + 2 * channels, *constant = kept + 3 * channels;
-    std::vector<std::vector<double>> parts(omp_get_max_threads());
+    std::vector<std::vector<Passed>> parts(omp_get_max_threads());
     std::vector<float> slopes(2 * channels);
     float *shift = slopes.data(), *slope = shift + channels;
 #pragma omp parallel
     {
+        const Learning<kGradient> by_value(learning);  // in registers, where a reference would be read for each value
         const Share share(rows);
-        std::vector<double>& total = parts[omp_get_thread_num()];
-        total.assign(2 * channels, 0.0);
-        std::vector<float> room(2 * channels);
-        float *sum = room.data(), *product = sum + channels;
+        std::vector<Passed>& found = parts[omp_get_thread_num()];
+        found.resize(channels);
+        std::vector<float> room(4 * channels);
+        float *sum = room.data(), *product = sum + channels, *to_scale = product + channels, *to_zero = to_scale + channels;
         for (int64_t start = share.first; start < share.end; start += kRows) {
-            std::fill(room.begin(), room.end(), 0.0f);
+            std::fill(room.begin(), room.begin() + (kGradient != kNone ? 4 : 2) * channels, 0.0f);
             for (int64_t r = start; r < std::min(start + kRows, share.end); ++r) {
                 const float *row = y + r * channels, *given = grad + r * channels;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c) {
-                    const float value = passed(given[c], std::fma(row[c], factor[c], constant[c]), above, below);
+                    const float v = std::fma(row[c], factor[c], constant[c]), value = passed(given[c], v, above, below);
                     sum[c] += value;
                     product[c] += value * (row[c] - mean[c]);
+                    if (kGradient != kNone) {
+                        to_scale[c] += by_value.to_scale(given[c], v);
+                        to_zero[c] += by_value.to_zero(given[c], v);
+                    }
                 }
             }
-            for (int64_t c = 0; c < 2 * channels; ++c) total[c] += room[c];
+            for (int64_t c = 0; c < channels; ++c) {
+                found[c].total += sum[c];
+                found[c].products += product[c];
+                if (kGradient != kNone) {
+                    found[c].to_scale += to_scale[c];
+                    found[c].to_zero += to_zero[c];
+                }
+            }
         }
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < channels; ++c) {
-            double along = 0.0, across = 0.0;
-            for (const std::vector<double>& part : parts) {
-                across += part.empty() ? 0.0 : part[c];
-                along += part.empty() ? 0.0 : part[channels + c];
+            Passed all;
+            for (const std::vector<Passed>& part : parts) {  // in this order, so that it is the same in each run
+                if (part.empty()) continue;
+                all.total += part[c].total;
+                all.products += part[c].products;
+                all.to_scale += part[c].to_scale;
+                all.to_zero += part[c].to_zero;
             }
-            const Slope by(across, along, static_cast<double>(rows), kept[channels + c], grad_gamma + c,
+            sums[c] = all;
+            const Slope by(all.total, all.products, static_cast<double>(rows), kept[channels + c], grad_gamma + c,
                            grad_beta + c);
             shift[c] = by.shift;
             slope[c] = by.slope;
@@ -490,13 +556,55 @@ void backward_of_columns(const float* grad, const float* y, const float* kept, i
     }
 }
 
-// Gradients to y, γ and β, given that of the output.
-void backward(const float* grad, const float* y, const float* kept, int64_t outer, int64_t channels, int64_t inner,
-              int64_t last, float* grad_y, float* grad_gamma, float* grad_beta) {
+template <Gradient kGradient>
+void backward_by(const float* grad, const float* y, const float* kept, int64_t outer, int64_t channels, int64_t inner,
+                 bool last, float low, float high, int64_t qmin, int64_t qmax, int64_t lowered, float* grad_y,
+                 float* grad_gamma, float* grad_beta, float* grad_grid) {
+    const float* more = kept + 4 * channels;
+    const Learning<kGradient> learning(more, low, high, qmin, qmax, lowered);
+    std::vector<Passed> sums(channels);
     if (last)
-        backward_of_columns(grad, y, kept, outer * inner, channels, grad_y, grad_gamma, grad_beta);
+        backward_of_columns(grad, y, kept, outer * inner, channels, learning, grad_y, grad_gamma, grad_beta, sums);
     else
-        backward_of_rows(grad, y, kept, outer, channels, inner, grad_y, grad_gamma, grad_beta);
+        backward_of_rows(grad, y, kept, outer, channels, inner, learning, grad_y, grad_gamma, grad_beta, sums);
+    if (kGradient == kNone) return;
+    double to_scale = 0.0, to_zero = 0.0;
+    for (const Passed& one : sums) {
+        to_scale += one.to_scale;
+        to_zero += one.to_zero;
+    }
+    grad_grid[0] = static_cast<float>(to_scale);
+    grad_grid[1] = -more[2] * static_cast<float>(to_zero);
+}
+
+// Gradients to y, γ and β, given that of the output; where the grid learns also those to `s` and `z`, at `grad_grid`.
+void backward(const float* grad, const float* y, const float* kept, int64_t given, int64_t outer, int64_t channels,
+              int64_t inner, int64_t last, float low, float high, int64_t qmin, int64_t qmax, int64_t lowered,
+              float* grad_y, float* grad_gamma, float* grad_beta, float* grad_grid) {
+    const auto by = !(given & kLearns) ? backward_by<kNone>
+                    : given & kBounds  ? backward_by<kByBounds>
+                                       : backward_by<kResidual>;
+    by(grad, y, kept, outer, channels, inner, last, low, high, qmin, qmax, lowered, grad_y, grad_gamma, grad_beta,
+       grad_grid);
+}
+
+// Gradients to W and to the steps that it is rounded to, a row each, given that to the rounded weight.
+void backward_of_weight(const float* grad, const float* weight, const float* step, int64_t channels, int64_t values,
+                        int64_t qmin, int64_t qmax, float* grad_weight, float* grad_step) {
+    const float least = static_cast<float>(qmin), most = static_cast<float>(qmax);
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < channels; ++c) {
+        const float *row = weight + c * values, *given = grad + c * values;
+        float *target = grad_weight + c * values, inverse = 1.0f / step[c], sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < values; ++i) {
+            const float position = row[i] * inverse, steps = std::rint(position);
+            const bool inside = (steps >= least) & (steps <= most);
+            target[i] = inside ? given[i] : 0.0f;
+            sum += given[i] * (inside ? steps - position : at_most(at_least(steps, least), most));
+        }
+        grad_step[c] = sum;
+    }
 }
 
 // An activation and the quantizer behind it where a tensor lies: the values, 1 in `mask` where gradients pass and else

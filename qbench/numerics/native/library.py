@@ -27,6 +27,7 @@ class Library(NamedTuple):
     again: Function
     forward: Function
     backward: Function
+    backward_of_weight: Function
     clip: Function
     masked: Function
     decode: Function

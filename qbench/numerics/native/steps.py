@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +25,16 @@ from qbench.numerics.generated import same_bits
 from qbench.numerics.generated_epilogue import Plan, backward_sample, forward_sample
 from qbench.numerics.generated_epilogue import backward as backward_by_operators
 from qbench.numerics.generated_epilogue import forward as forward_by_operators
-from qbench.numerics.generated_rounding import Rounding, clip_sample
+from qbench.numerics.generated_rounding import Rounding, clip_sample, round_backward, round_backward_sample
 from qbench.numerics.generated_rounding import clip as clip_by_operators
+from qbench.numerics.generated_rounding import round_all as round_by_operators
 from qbench.numerics.native.library import Library, library, refuse
+from qbench.numerics.qparams import QSpec
 from qbench.numerics.saved_codes import Coded, fits_a_byte, lowering
 
 # Which of the things that may be missing are there: `Given` in layer.cpp.
-_BIAS, _GAMMA, _BETA, _INPUT_SCALE, _BATCH_NORM, _ERROR, _SILENCED, _BATCHES, _OBSERVES, _CODES = (
-    1 << bit for bit in range(10)
+_BIAS, _GAMMA, _BETA, _INPUT_SCALE, _BATCH_NORM, _ERROR, _SILENCED, _BATCHES, _OBSERVES, _CODES, _BOUNDS, _LEARNS = (
+    1 << bit for bit in range(12)
 )
 
 
@@ -161,10 +165,11 @@ class Following:
     def __init__(self, plan: Plan, weight: float | None, functions: Library) -> None:
         rounding, spec = plan.rounding, plan.rounding.spec
         self._functions, self._fits = functions, fits_a_byte(spec)
-        self._given = 0 if weight is None else _OBSERVES
+        self._observes, self._learns = weight is not None, rounding.gradient != "none"
+        self._given = self._observes * _OBSERVES + self._learns * _LEARNS + (rounding.gradient == "bounds") * _BOUNDS
         batch_norm = _bits(plan.eps), plan.momentum, 1.0 - plan.momentum
-        grid = rounding.low, rounding.high, spec.qmin, spec.qmax, lowering(spec)
-        self._rule = *batch_norm, *grid, int(spec.symmetric), 0.0 if weight is None else weight
+        self._grid = rounding.low, rounding.high, spec.qmin, spec.qmax, lowering(spec)
+        self._rule = *batch_norm, *self._grid, int(spec.symmetric), 0.0 if weight is None else weight
 
     def forward(
         self,
@@ -201,12 +206,12 @@ class Following:
         codes = torch.empty_like(y, dtype=torch.int8) if with_codes else out
         tensors = (y if one is None else one for one in (gamma, beta, error, silenced, *to))
         self._functions.forward(y, *tensors, given, *sizes, *self._rule, kept, out, codes)
-        # Autograd hears of what was written to.
-        torch.autograd.graph.increment_version((to.scale, to.zero_point))
+        if self._observes:  # autograd hears of what was written to
+            torch.autograd.graph.increment_version((to.scale, to.zero_point))
         return out, kept, Coded(codes, kept[-2], kept[-1]) if with_codes else None
 
-    def backward(self, grad: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients to y, γ and β.
+    def backward(self, grad: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+        """Gradients to y, γ and β, and to `s` and `z` where they learn.
 
         Args:
             grad: That to the output.
@@ -217,9 +222,74 @@ class Following:
             grad = torch.empty_like(y).copy_(grad)
         sizes = _sizes(y)
         assert sizes is not None
-        grad_y, grad_gamma, grad_beta = torch.empty_like(y), y.new_empty(sizes[1]), y.new_empty(sizes[1])
-        self._functions.backward(grad, y, kept, *sizes, grad_y, grad_gamma, grad_beta)
-        return grad_y, grad_gamma, grad_beta
+        grads = torch.empty_like(y), y.new_empty(sizes[1]), y.new_empty(sizes[1])
+        to_grid = y.new_empty(2) if self._learns else grads[1]
+        self._functions.backward(grad, y, kept, self._given, *sizes, *self._grid, *grads, to_grid)
+        return (*grads, *to_grid.unbind()) if self._learns else grads
+
+
+def round_weight(weight: Tensor, step: Tensor, qmin: int, qmax: int, functions: Library) -> Tensor | None:
+    """A weight on a symmetric grid a channel whose steps learn, with the gradient to both; None where C++ cannot.
+
+    Args:
+        weight: `W`, (out, …).
+        step: `t`, (out,), float32.
+        qmin: Lowest code.
+        qmax: Highest code.
+        functions: Of `layer.cpp`.
+    """
+    if not _in_one_piece(weight) or not _usable(step, len(weight)):
+        return None
+    out: Tensor = _RoundWeight.apply(weight, step, (qmin, qmax), functions)
+    return out
+
+
+class _RoundWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor, codes: tuple[int, int], functions: Library) -> Tensor:
+        value, channels = torch.empty_like(weight), len(weight)
+        functions.again(weight, step, channels, weight.numel() // channels, *codes, value)
+        ctx.codes, ctx.functions = codes, functions
+        ctx.save_for_backward(weight, step)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, step = ctx.saved_tensors
+        grad = grads[0] if grads[0].stride() == weight.stride() else torch.empty_like(weight).copy_(grads[0])
+        channels, grad_weight, grad_step = len(weight), torch.empty_like(weight), torch.empty_like(step)
+        sizes = channels, weight.numel() // channels, *ctx.codes
+        ctx.functions.backward_of_weight(grad, weight, step, *sizes, grad_weight, grad_step)
+        return grad_weight, grad_step, None, None
+
+
+@functools.lru_cache(maxsize=256)
+def weight_rounding(spec: QSpec) -> Library | None:
+    """The functions for `round_weight`; None where there are none, or none with the same bits.
+
+    Args:
+        spec: Of the weight: symmetric, an axis 0.
+    """
+    functions = library()
+    if functions is None:
+        return None
+    rounding = Rounding(-math.inf, math.inf, spec, None, "cpu", "residual")
+    out, grad, weight, scale, _ = round_backward_sample(rounding)
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    round_by_operators(out, weight, scale, zero_point, rounding)
+    to_weight = torch.empty_like(weight)
+    (to_scale, _) = round_backward(to_weight, grad, weight, scale, zero_point, rounding)
+    w, step = weight.clone().requires_grad_(), scale.flatten().clone().requires_grad_()
+    with torch.enable_grad():
+        value = round_weight(w, step, spec.qmin, spec.qmax, functions)
+        assert value is not None
+        grads = torch.autograd.grad(value, (w, step), grad)
+    found, wanted = (value.detach(), *grads), (out, to_weight, None if to_scale is None else to_scale.flatten())
+    if all(map(same_bits, found, wanted)):
+        return functions
+    refuse("other bits than PyTorch's operators here")
+    return None
 
 
 class Clipping:
@@ -305,7 +375,7 @@ def clipping(weight: float | None, *rounding: Any) -> Clipping | None:
         rounding: What `Rounding` is made of: on a CPU, a grid that does not learn.
     """
     plan, functions = Rounding(*rounding), library()
-    if plan.spec.power_of_two or functions is None:
+    if functions is None or (weight is not None and plan.spec.power_of_two):
         return None
     found = Clipping(plan, weight, functions)
     with torch.no_grad():
@@ -331,10 +401,10 @@ def following(weight: float | None, momentum: float, eps: float, *rounding: Any)
         weight: As of `Following`.
         momentum: Of the BatchNorm.
         eps: Of the BatchNorm.
-        rounding: What `Rounding` is made of: on a CPU, a grid that does not learn.
+        rounding: What `Rounding` is made of: on a CPU.
     """
     plan, functions = Plan(False, momentum, eps, Rounding(*rounding)), library()
-    if plan.rounding.spec.power_of_two or functions is None:
+    if functions is None or (weight is not None and plan.rounding.spec.power_of_two):
         return None
     found = Following(plan, weight, functions)
     if all(_agrees(found, dataclasses.replace(plan, last=last)) for last in (False, True)):
@@ -367,7 +437,10 @@ def _agrees(steps: Following, plan: Plan) -> bool:
         grad_y, *others = steps.backward(_as_image(grad, plan), seen, kept)
         wanted = forward_by_operators(*theirs, plan)  # type: ignore[arg-type]
         wanted_grad, *wanted_others = backward_by_operators(grad, theirs[2], *wanted[:6], plan)  # type: ignore[arg-type]
-        numbers = *kept[:-4].view(4, -1), *kept[-4 : len(kept) if fits else -2]
+        ends: Sequence[Tensor] = kept[-4:-2].unbind()
+        if plan.rounding.gradient != "none":
+            ends = kept[-2], (kept[-1] + lowering(plan.rounding.spec)).to(torch.int32)
+        numbers = *kept[:-4].view(4, -1), *ends, *(kept[-2:] if fits else ())
         pairs = zip((*numbers, *others, *ours), (*wanted, *wanted_others, *theirs), strict=True)
         if not all(same_bits(a, b) for a, b in pairs) or not same_bits(grad_y, _as_image(wanted_grad, plan)):
             return False
