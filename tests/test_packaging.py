@@ -79,3 +79,11 @@ def test_console_script_points_at_a_function() -> None:
 
 def test_package_is_typed() -> None:
     assert (ROOT / "qbench" / "py.typed").is_file()
+
+
+def test_files_that_are_not_python_are_part_of_the_package() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["qbench"]
+    packed = {path for pattern in patterns for path in (ROOT / "qbench").glob(pattern)}
+    others = {path for path in (ROOT / "qbench").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in others if path.suffix != ".py"} == packed
+    assert len(packed) > 1
