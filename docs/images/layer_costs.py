@@ -1,9 +1,9 @@
-"""Time and memory of a training step per layer: float against QAT, plain and with low memory.
+"""Time and memory of a training step per layer: float against QAT, plain, on the fast path, and with low memory.
 
     python docs/images/layer_costs.py              draws layer_costs.svg beside this file from docs/layer_costs.json
     python docs/images/layer_costs.py --measure    measures first, as `qbench profile` does, and writes that file
 
-Each layer has three columns: float, QAT, QAT with low memory.
+Each layer has a column for each of `FORMS`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from make_figures import EDGE, Figure
 
 DATA = Path(__file__).parents[1] / "layer_costs.json"
 NETWORKS = ("resnet18", "mobilenet_v2")
-FORMS = ("float", "QAT", "QAT, low memory")
-COLORS = (EDGE["float"], EDGE["grid"], EDGE["code"])
+FORMS = ("float", "plain path", "fast path", "fast path, low memory")
+COLORS = (EDGE["float"], EDGE["grid"], EDGE["error"], EDGE["code"])
 LEFT, RIGHT, PANEL = 64, 956, 128
 
 
@@ -30,24 +30,25 @@ def measure(batch_size: int, image_size: int, rounds: int, threads: int | None) 
 
     networks = {}
     for name in NETWORKS:
-        plain, low = (
+        plain, *others = (
             profile_named(
                 name,
                 batch_size=batch_size,
                 image_size=image_size,
                 rounds=rounds,
                 threads=threads,
+                fast_path=fast_path,
                 low_memory=low_memory,
             )
-            for low_memory in (False, True)
+            for fast_path, low_memory in ((False, False), (True, False), (True, True))
         )
-        cheap = {row.path: row.in_qat for row in low.rows}
-        rows = [(row, (row.in_float, row.in_qat, cheap[row.path])) for row in plain.rows]
+        further = [{row.path: row.in_qat for row in other.rows} for other in others]
+        rows = [(row, (row.in_float, row.in_qat, *(costs[row.path] for costs in further))) for row in plain.rows]
         networks[name] = {
             "settings": dict(plain.settings),
             "rounds": rounds,
             "step_ms": round(1000 * plain.float_step.seconds, 1),
-            "ratios": [round(profile.ratio[1], 3) for profile in (plain, low)],
+            "ratios": [round(profile.ratio[1], 3) for profile in (plain, *others)],
             "rows": [
                 {
                     "path": row.path,
@@ -65,7 +66,7 @@ def layer_costs() -> Figure:
     """The figure of docs/layer_costs.json."""
     networks = json.loads(DATA.read_text(encoding="utf-8"))
     height = 56 + len(networks) * (2 * (PANEL + 34) + 62)
-    figure = Figure(980, height, "Time and saved memory of each layer in a training step: float, QAT, low memory")
+    figure = Figure(980, height, "Time and saved memory of each layer in a training step: float and three forms of QAT")
     for index, (form, color) in enumerate(zip(FORMS, COLORS, strict=True)):
         x = LEFT + 150 * index
         figure.parts.append(f'<rect x="{x}" y="24" width="12" height="12" fill="{color}"/>')
@@ -90,18 +91,18 @@ def _network(figure: Figure, top: float, name: str, network: dict[str, Any]) -> 
     )
     for index, (key, label, whole, unit, ratios) in enumerate(panels):
         y = top + 34 + index * (PANEL + 34)
-        forms = ", ".join(f"{form} {ratio:.2f} ×" for form, ratio in zip(("QAT", "low memory"), ratios, strict=True))
+        forms = ", ".join(f"{form} {ratio:.2f} ×" for form, ratio in zip(FORMS[1:], ratios, strict=True))
         figure.text(LEFT, y + 8, f"{label}: float {whole:.0f} {unit}, {forms}", anchor="start", size=12)
         _panel(figure, y + 14, [row[key] for row in layers])
     _stages(figure, top + 34 + 2 * (PANEL + 34) - 10, [_stage(row["path"]) for row in layers])
 
 
 def _panel(figure: Figure, top: float, values: list[list[float]]) -> None:
-    """Columns, three a layer, and an axis with its largest value."""
+    """Columns, one a form of each layer, and an axis with its largest value."""
     largest = max(map(max, values)) or 1.0
     slot = (RIGHT - LEFT) / len(values)
     for form, color in enumerate(COLORS):
-        width = 0.28 * slot
+        width = 0.84 * slot / len(COLORS)
         path = "".join(
             f"M{LEFT + (index + 0.08) * slot + form * width:.1f} {top + PANEL:g}"
             f"v{-PANEL * value[form] / largest:.1f}h{width:.1f}V{top + PANEL:g}z"
