@@ -17,7 +17,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -82,7 +83,7 @@ def test_package_is_typed() -> None:
 
 
 def test_files_that_are_not_python_are_part_of_the_package() -> None:
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["qbench"]
+    patterns = SETTINGS["tool"]["setuptools"]["package-data"]["qbench"]
     packed = {path for pattern in patterns for path in (ROOT / "qbench").glob(pattern)}
     others = {path for path in (ROOT / "qbench").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert {path for path in others if path.suffix != ".py"} == packed

@@ -110,6 +110,14 @@ class Observer(nn.Module):
         inherits = (kind.forward, kind.update, kind.range_of) == (base.forward, base.update, base.range_of)
         return inherits and self.spec.axis is None
 
+    @property
+    def weight_of_newest(self) -> float | None:
+        """The weight of the newest range in a moving average of ranges, −1 where all that was seen is kept; else None.
+
+        Of an observer with such a weight, that and its range say how it follows: code in other languages can do it too.
+        """
+        return None
+
     def expect(self, uses: int) -> None:
         """Say how many tensors a forward shows it, 1 or more. Here: that does not matter."""
 

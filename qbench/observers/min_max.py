@@ -32,6 +32,11 @@ class LatestMinMaxObserver(LatestObserver):
 class MinMaxObserver(Observer):
     """Range of everything seen."""
 
+    @property
+    def weight_of_newest(self) -> float | None:
+        """See `Observer.weight_of_newest`: −1, as none has a weight."""
+        return -1.0 if type(self).follow is MinMaxObserver.follow else None
+
     @of_numbers
     def follow(self, low: Number, high: Number, *state: Number) -> tuple[Number, ...]:
         """Widen the range."""
@@ -76,6 +81,12 @@ class MovingAverageMinMaxObserver(Observer):
             self.register_buffer("recent", nothing.repeat(1, uses))
         elif "recent" in self._buffers:
             del self.recent
+
+    @property
+    def weight_of_newest(self) -> float | None:
+        """See `Observer.weight_of_newest`: `c`; None with several uses, as it then follows their hull."""
+        averages = type(self).follow is MovingAverageMinMaxObserver.follow and self.uses == 1
+        return self.averaging_constant if averages else None
 
     def state(self) -> tuple[Tensor, ...]:
         """The range; with several uses what it follows, too."""
@@ -128,16 +139,3 @@ class MovingAverageMinMaxObserver(Observer):
             self.expect(self.uses)
             state_dict[name] = self.recent
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def weight_of_newest(observer: Observer) -> float | None:
-    """The weight of the newest range in what an observer follows, −1 where it keeps the hull of all; None for others.
-
-    What it follows then is told by this number and by the range that it has: code that knows neither classes nor
-    subclasses can do the same.
-    """
-    follow = type(observer).follow
-    if follow is MovingAverageMinMaxObserver.follow and not observer.state()[2:]:
-        assert isinstance(observer, MovingAverageMinMaxObserver)
-        return observer.averaging_constant
-    return -1.0 if follow is MinMaxObserver.follow else None

@@ -31,7 +31,6 @@ from qbench.numerics.native.steps import Following, Remembered, following
 from qbench.numerics.qparams import QSpec, fake_quantize, inside_range, quantize
 from qbench.numerics.saved_codes import lowering
 from qbench.observers import MinMaxObserver, MovingAverageMinMaxObserver
-from qbench.observers.min_max import weight_of_newest
 
 from .support import CASES, Case, batch, case_named, make_layer, with_input, without_native
 from .test_fast_path import batches, network, paths_of_learned_grids, prepared, trained
@@ -52,8 +51,7 @@ ACTIVATIONS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0), "none": (-math.inf,
 
 
 def steps_of(spec: QSpec, bounds: tuple[float, float], observer: Any) -> Following:
-    weight = None if observer is None else weight_of_newest(observer)
-    found = following(weight, 0.1, 1e-5, *bounds, spec, None if observer is None else rule_of(observer), "cpu")
+    found = following(0.1, 1e-5, *bounds, spec, None if observer is None else rule_of(observer), "cpu")
     assert found is not None, library_module.library()
     return found
 

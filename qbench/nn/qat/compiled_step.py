@@ -17,7 +17,6 @@ from qbench.nn.qat.epilogue import ByNative, bounds_of
 from qbench.nn.qat.fast_parameters import StraightParameters
 from qbench.nn.qat.step import Plan, plan_of
 from qbench.numerics.native import operators
-from qbench.observers.min_max import weight_of_newest
 
 if TYPE_CHECKING:
     from qbench.nn.qat.layer import QatLayer
@@ -62,7 +61,7 @@ def rule_of(layer: QatLayer) -> Rule | None:
     bounds = bounds_of(None if before else layer.activation_module)
     assert bounds is not None
     spec, functions = quantizer.spec, step.parameters.functions
-    averages = weight_of_newest(quantizer.observer) != -1.0
+    averages = quantizer.observer.weight_of_newest != -1.0
     grid, bias = (functions.qmin, functions.qmax), (functions.bias_bits, functions.code_limit)
     return Rule(before, *bounds, spec.bits, spec.signed, spec.symmetric, averages, grid, bias)
 
@@ -102,14 +101,14 @@ def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
     quantizer: Any = layer.pre_activation_quantizer if rule.before else layer.output_quantizer
     observer = quantizer.observer
     running = bn.running_mean, bn.running_var
-    bias = layer.linear_bias
+    bias, input_scale = layer.linear_bias, layer.input_scale()
     value, _, error, silenced = operators.layer_parameters(
         layer.linear_weight,
         None if bias is None else bias.detach(),
         None if bn.weight is None else bn.weight.detach(),
         None if bn.bias is None else bn.bias.detach(),
         *running,
-        layer.input_scale(),
+        input_scale,
         bn.eps,
         *rule.weight_grid,
         *rule.bias,
@@ -120,7 +119,7 @@ def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
     grid = quantizer.scale, quantizer.zero_point
     ends = (observer.min_val, observer.max_val) if observes else (grid[0], grid[0])
     state = *running, *ends, *grid
-    has_error = rule.bias[1] > 0 and layer.input_scale() is not None
+    has_error = rule.bias[1] > 0 and input_scale is not None
     out, _, *moved = operators.layer_forward(
         y,
         bn.weight,

@@ -36,7 +36,6 @@ from qbench.numerics.interval import is_served
 from qbench.numerics.layer_step import Follow, Learned, normalized
 from qbench.numerics.native.steps import Clipping, Following, Remembered, clipping, following
 from qbench.observers import Observer
-from qbench.observers.min_max import weight_of_newest
 
 Step = Callable[[Tensor], Tensor]
 
@@ -100,8 +99,9 @@ def generated_epilogue(
     if bn is not None:
         if not _is_plain(bn, y):
             return None
-        follow = fastest(bn, quantizer, bounds, y.device.type)
-        if isinstance(follow, InBlocks) or (isinstance(follow, ByCode) and follow.code(y) is None):
+        chain = chain_of(bounds, quantizer)
+        follow = fastest(bn, quantizer, rounding, None if chain is None else InBlocks(bn, chain))
+        if isinstance(follow, ByCode) and follow.code(y) is None:
             return None
         if learned is not None and channels_are_last(y) is None:
             return None
@@ -310,22 +310,18 @@ class ByNative:
 def fastest(
     bn: TrainingBatchNorm,
     quantizer: FakeQuantize,
-    bounds: tuple[float, float] | None,
-    device: str,
+    rounding: tuple[Any, ...],
+    otherwise: InBlocks | None,
     low_memory: bool = False,
-) -> ByNative | ByCode | InBlocks:
-    """What follows a linear part by the fastest code that there is: C++, generated code, or operators in blocks."""
-    rounding, chain = rounding_of(bounds, quantizer, device), chain_of(bounds, quantizer)
-    in_blocks = None if chain is None else InBlocks(bn, chain)
-    if rounding is None:
-        assert in_blocks is not None
-        return in_blocks
-    generated = ByCode(bn, quantizer, rounding, in_blocks, low_memory)
-    observes, weight = rounding[3] is not None, weight_of_newest(quantizer.observer)
-    if device != "cpu" or (observes and weight is None):
-        return generated
-    steps = following(weight if observes else None, bn.holder.momentum, bn.holder.eps, *rounding)
+) -> ByNative | ByCode:
+    """The same by C++, or by generated code where that does not serve; arguments as of `ByCode`."""
+    generated = ByCode(bn, quantizer, rounding, otherwise, low_memory)
+    steps = following(bn.holder.momentum, bn.holder.eps, *rounding) if _on_cpu(rounding) else None
     return generated if steps is None else ByNative(bn, quantizer, steps, generated, low_memory)
+
+
+def _on_cpu(rounding: tuple[Any, ...]) -> bool:
+    return rounding[4] == "cpu"
 
 
 def _native_backward(
@@ -413,11 +409,9 @@ def clip_of(
     if quantizer is None or rounding is None or quantizer.learned:
         return None
     generated = ClipByCode(quantizer, clip_code(*rounding))
-    observes, weight = rounding[3] is not None, weight_of_newest(quantizer.observer)
-    if device == "cpu" and not (observes and weight is None):
-        steps = clipping(weight if observes else None, *rounding)
-        if steps is not None:
-            return ClipByNative(quantizer, steps, generated, low_memory)
+    steps = clipping(*rounding) if _on_cpu(rounding) else None
+    if steps is not None:
+        return ClipByNative(quantizer, steps, generated, low_memory)
     return generated if generated.code.ready() else None
 
 

@@ -21,7 +21,7 @@ from qbench.numerics.fold import BatchNormTensors
 from qbench.numerics.generated import DEVICES, Generated, Tensors, generated, same_bits, standing_for
 from qbench.numerics.layer_step import TrainingParameters
 from qbench.numerics.native import steps as native
-from qbench.numerics.native.library import library, refuse
+from qbench.numerics.native.library import library, trusted
 from qbench.numerics.qparams import QParams
 from qbench.numerics.straight_through import round_to_grid, straight_through
 from qbench.observers import LatestMinMaxObserver
@@ -33,7 +33,7 @@ def parameter_code(folding: Folding, weight: Tensor, eps: float | None) -> Gener
     Args:
         folding: How.
         weight: `W`.
-        eps: The BatchNorm's, for `generated_parameters`; None without a BatchNorm, for `generated_weight_and_bias`.
+        eps: The BatchNorm's, for `generated_parameters`; None without a BatchNorm, for `fast_weight_and_bias`.
     """
     if not folding.straight or folding.layout.transposed or not at_hand(weight, DEVICES):
         return None
@@ -68,10 +68,7 @@ def _native_parameters(folding: Folding, eps: float | None) -> native.Parameters
     found = native.Parameters(spec.qmin, spec.qmax, *rule, eps, functions)
     with torch.no_grad():
         ours, wanted = _by_both(found, folding, eps)
-    if ours is not None and all(map(same_bits, ours, wanted)):
-        return found
-    refuse("other bits than PyTorch's operators here")
-    return None
+    return trusted(found, ours is not None and all(map(same_bits, ours, wanted)))
 
 
 def _by_both(functions: native.Parameters, folding: Folding, eps: float | None) -> tuple[native.Found | None, Tensors]:
@@ -94,16 +91,7 @@ def generated_parameters(
     input_scale: Tensor | None,
     code: Generated,
 ) -> TrainingParameters:
-    """`training_parameters` by generated code.
-
-    Args:
-        folding: How.
-        weight: `W`, float32.
-        bias: `b`, (out,), or None.
-        bn: The BatchNorm's tensors.
-        input_scale: `s_in`, (), without a gradient, or None.
-        code: Of `parameter_code`.
-    """
+    """`training_parameters` by generated code, of `parameter_code`; other arguments as of `fast_parameters`."""
     last = bool(channels_are_last(weight))
     given = in_memory_order(weight, last).flatten(1), bias, bn.gamma, bn.beta, bn.mean, bn.var, input_scale
     value, step, error, silenced = code(*given)

@@ -27,10 +27,7 @@ from qbench.nn.qat.codes import ParameterCodes, check_finite
 from qbench.nn.qat.compiled_step import Rule, compiled_step, rule_of
 from qbench.nn.qat.epilogue import bounds_of, epilogue
 from qbench.nn.qat.fast_parameters import fast_parameters, fast_weight_and_bias
-from qbench.nn.qat.parameters import (
-    Folding,
-    training_parameters,
-)
+from qbench.nn.qat.parameters import Folding, training_parameters
 from qbench.nn.qat.step import training_step
 from qbench.numerics.blocks import at_hand
 from qbench.numerics.fold import BatchNormTensors, WeightLayout

@@ -20,6 +20,7 @@ from qbench.nn.qat.epilogue import (
     clip_of,
     fastest,
     leaves_output,
+    rounding_of,
 )
 from qbench.nn.qat.fast_parameters import StraightParameters
 from qbench.nn.qat.prepared import prepared
@@ -94,8 +95,9 @@ def _step_of(
     chain = chain_of(bounds, quantizer)
     if parameters is None or chain is None or not bn.plain(layer.linear_weight):
         return None
-    fast = layer.fast_path
-    follow = fastest(bn, quantizer, bounds, "cpu", layer.low_memory) if fast else InBlocks(bn, chain)
+    in_blocks = InBlocks(bn, chain)
+    rounding = rounding_of(bounds, quantizer, "cpu") if layer.fast_path else None
+    follow = in_blocks if rounding is None else fastest(bn, quantizer, rounding, in_blocks, layer.low_memory)
     return LayerStep(linear, parameters, follow, _coder(layer, source))
 
 

@@ -36,10 +36,10 @@ def enable_fast_path(module: nn.Module) -> None:
     """Train by C++ or generated code where there is some: `model.apply(qbench.enable_fast_path)`.
 
     What follows a layer, and what comes before it, is compiled in its first step: on CPUs C++ that is the same for all
-    layers; where that does not serve (learned grids, other observers), what `torch.compile` generates, once for all
-    layers that are configured alike. Codes are those of the plain path for the same statistics, which are summed in
-    another order. Where there is no compiler, or none for this device, dtype or layout, the plain path goes on, with
-    one line in the log of "qbench".
+    layers; where that does not serve (other observers, grids that learn without a BatchNorm), what `torch.compile`
+    generates, once for all layers that are configured alike. Codes are those of the plain path for the same statistics,
+    which are summed in another order. Where there is no compiler, or none for this device, dtype or layout, the plain
+    path goes on, with one line in the log of "qbench".
     """
     if isinstance(module, QatModule):
         module.fast_path = True

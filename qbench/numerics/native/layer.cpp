@@ -325,6 +325,25 @@ struct Grid {
     }
 };
 
+// A grid as it is now, with what follows from it: between which values gradients pass, and what stands for zero in the
+// codes, which are `lowered` by so much.
+struct Placed {
+    float least, most;
+    Grid grid;
+    float above, below, zero;
+    Placed(float scale, int32_t zero_point, float low, float high, int64_t qmin, int64_t qmax, int64_t lowered,
+           bool by_bounds)
+        : least(static_cast<float>(qmin) - static_cast<float>(zero_point)),
+          most(static_cast<float>(qmax) - static_cast<float>(zero_point)),
+          grid(scale, least, most, low, high),
+          zero(static_cast<float>(zero_point) - static_cast<float>(lowered)) {
+        above = by_bounds ? std::nextafter(least * scale, -kInfinity) : -first_beyond(-least, scale);
+        below = by_bounds ? std::nextafter(most * scale, kInfinity) : first_beyond(most, scale);
+        above = at_least(above, low);
+        below = at_most(below, high);
+    }
+};
+
 template <bool kWithCodes>
 void quantize_all(const float* y, int64_t outer, int64_t channels, int64_t inner, bool last, const float* factor,
                   const float* constant, const Grid grid, float zero, float* out, int8_t* codes) {
@@ -359,15 +378,13 @@ void quantize(const float* y, float* kept, const float* scale, const int32_t* ze
               int64_t channels, int64_t inner, int64_t last, float low, float high, int64_t qmin, int64_t qmax,
               int64_t lowered, float* out, int8_t* codes) {
     const float *factor = kept + 2 * channels, *constant = kept + 3 * channels;
-    const float zero = static_cast<float>(*zero_point);
-    const float least = static_cast<float>(qmin) - zero, most = static_cast<float>(qmax) - zero;
-    const Grid grid(*scale, least, most, low, high);
+    const Placed placed(*scale, *zero_point, low, high, qmin, qmax, lowered, given & kBounds);
+    const Grid& grid = placed.grid;
     float* more = kept + 4 * channels;
-    const bool by_codes = !(given & kBounds);
-    more[0] = at_least(by_codes ? -first_beyond(-least, *scale) : std::nextafter(least * *scale, -kInfinity), low);
-    more[1] = at_most(by_codes ? first_beyond(most, *scale) : std::nextafter(most * *scale, kInfinity), high);
-    more[2] = *scale;
-    more[3] = zero - static_cast<float>(lowered);
+    more[0] = placed.above;
+    more[1] = placed.below;
+    more[2] = grid.scale;
+    more[3] = placed.zero;
     if (given & kCodes)
         quantize_all<true>(y, outer, channels, inner, last, factor, constant, grid, more[3], out, codes);
     else
@@ -625,16 +642,14 @@ void clip(float* v, float* min_val, float* max_val, float* scale, int32_t* zero_
         observe(at_most(at_least(lowest, low), high), at_most(at_least(highest, low), high),
                 {qmin, qmax, symmetric != 0, weight}, min_val, max_val, scale, zero_point);
     }
-    const float zero = static_cast<float>(*zero_point);
-    const float least = static_cast<float>(qmin) - zero, most = static_cast<float>(qmax) - zero;
-    const Grid grid(*scale, least, most, low, high);
-    const float above = at_least(-first_beyond(-least, *scale), low);
-    const float below = at_most(first_beyond(most, *scale), high);
-    kept[0] = *scale;
-    const float offset = kept[1] = zero - static_cast<float>(lowered);
+    const Placed placed(*scale, *zero_point, low, high, qmin, qmax, lowered, false);
+    kept[0] = placed.grid.scale;
+    kept[1] = placed.zero;
     const bool with_codes = given & kCodes;
 #pragma omp parallel
     {
+        const Grid grid = placed.grid;  // in registers, where a reference would be read for each value
+        const float above = placed.above, below = placed.below, offset = placed.zero;
         const Share share(values);
         if (with_codes) {
 #pragma omp simd

@@ -10,11 +10,13 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from qbench.numerics.generated import note_refusal
 
 Function = Callable[..., None]
+
+_T = TypeVar("_T")
 
 _LOG = logging.getLogger("qbench")
 _SOURCE = "layer.cpp"
@@ -52,6 +54,14 @@ def refuse(reason: object) -> None:
     """Note why C++ does not serve here, an exception or a text."""
     # Told quietly, as generated code goes on; where that fails, too, it warns.
     _LOG.info("fast path: no code in C++: %s", note_refusal(reason))
+
+
+def trusted(found: _T, same_bits: bool) -> _T | None:
+    """What was found if it gives the bits of PyTorch's operators; else None, and a note."""
+    if same_bits:
+        return found
+    refuse("other bits than PyTorch's operators here")
+    return None
 
 
 def loaded() -> Library | None:

@@ -28,7 +28,7 @@ from qbench.numerics.generated_epilogue import forward as forward_by_operators
 from qbench.numerics.generated_rounding import Rounding, clip_sample, round_backward, round_backward_sample
 from qbench.numerics.generated_rounding import clip as clip_by_operators
 from qbench.numerics.generated_rounding import round_all as round_by_operators
-from qbench.numerics.native.library import Library, library, refuse
+from qbench.numerics.native.library import Library, library, trusted
 from qbench.numerics.qparams import QSpec
 from qbench.numerics.saved_codes import Coded, fits_a_byte, lowering
 
@@ -286,10 +286,7 @@ def weight_rounding(spec: QSpec) -> Library | None:
         assert value is not None
         grads = torch.autograd.grad(value, (w, step), grad)
     found, wanted = (value.detach(), *grads), (out, to_weight, None if to_scale is None else to_scale.flatten())
-    if all(map(same_bits, found, wanted)):
-        return functions
-    refuse("other bits than PyTorch's operators here")
-    return None
+    return trusted(functions, all(map(same_bits, found, wanted)))
 
 
 class Clipping:
@@ -367,50 +364,59 @@ class _Clip(torch.autograd.Function):
 
 
 @functools.lru_cache(maxsize=256)
-def clipping(weight: float | None, *rounding: Any) -> Clipping | None:
+def clipping(*rounding: Any) -> Clipping | None:
     """An activation and a quantizer by C++; None where there is nothing for it, or nothing with the same bits.
 
     Args:
-        weight: As of `Following`.
         rounding: What `Rounding` is made of: on a CPU, a grid that does not learn.
     """
     plan, functions = Rounding(*rounding), library()
-    if functions is None or (weight is not None and plan.spec.power_of_two):
+    if functions is None or not _knows(plan):
         return None
-    found = Clipping(plan, weight, functions)
-    with torch.no_grad():
-        ours, theirs = clip_sample(plan), clip_sample(plan)
-        for _ in range(2):
-            v, scale, zero_point, *state = ours
-            mask, coded = found.clip(v, (*(state or (scale, scale)), scale, zero_point), fits_a_byte(plan.spec))
-            pairs = zip((mask, *ours), (*clip_by_operators(*theirs, plan), *theirs), strict=True)
-            again = coded is None or same_bits(coded.value() + 0.0, v + 0.0)
-            grads = found.backward(theirs[0], mask), theirs[0] * mask
-            if not (again and same_bits(*grads) and all(same_bits(a, b) for a, b in pairs)):
-                refuse("other bits than PyTorch's operators here")
-                return None
-            ours[0], theirs[0] = (one * 1.7 for one in (clip_sample(plan)[0], clip_sample(plan)[0]))
-    return found
+    found = Clipping(plan, _weight_of(plan), functions)
+    return trusted(found, _clips_alike(found, plan))
 
 
 @functools.lru_cache(maxsize=256)
-def following(weight: float | None, momentum: float, eps: float, *rounding: Any) -> Following | None:
+def following(momentum: float, eps: float, *rounding: Any) -> Following | None:
     """The steps of a layer by C++; None where there are none, or none with the same bits.
 
     Args:
-        weight: As of `Following`.
         momentum: Of the BatchNorm.
         eps: Of the BatchNorm.
         rounding: What `Rounding` is made of: on a CPU.
     """
     plan, functions = Plan(False, momentum, eps, Rounding(*rounding)), library()
-    if functions is None or (weight is not None and plan.rounding.spec.power_of_two):
+    if functions is None or not _knows(plan.rounding):
         return None
-    found = Following(plan, weight, functions)
-    if all(_agrees(found, dataclasses.replace(plan, last=last)) for last in (False, True)):
-        return found
-    refuse("other bits than PyTorch's operators here")
-    return None
+    found = Following(plan, _weight_of(plan.rounding), functions)
+    return trusted(found, all(_agrees(found, dataclasses.replace(plan, last=last)) for last in (False, True)))
+
+
+def _weight_of(rounding: Rounding) -> float | None:
+    weight: float | None = None if rounding.observer is None else rounding.observer.weight_of_newest
+    return weight
+
+
+def _knows(rounding: Rounding) -> bool:
+    """Whether C++ knows how the range moves, if it does."""
+    return rounding.observer is None or (_weight_of(rounding) is not None and not rounding.spec.power_of_two)
+
+
+@torch.no_grad()
+def _clips_alike(clip: Clipping, rounding: Rounding) -> bool:
+    """Whether two calls, one after the other, give the bits of PyTorch's operators."""
+    ours, theirs = clip_sample(rounding), clip_sample(rounding)
+    for _ in range(2):
+        v, scale, zero_point, *state = ours
+        mask, coded = clip.clip(v, (*(state or (scale, scale)), scale, zero_point), fits_a_byte(rounding.spec))
+        pairs = zip((mask, *ours), (*clip_by_operators(*theirs, rounding), *theirs), strict=True)
+        decoded = coded is None or same_bits(coded.value() + 0.0, v + 0.0)
+        grads = clip.backward(theirs[0], mask), theirs[0] * mask
+        if not (decoded and same_bits(*grads) and all(same_bits(a, b) for a, b in pairs)):
+            return False
+        ours[0], theirs[0] = (clip_sample(rounding)[0] * 1.7 for _ in range(2))
+    return True
 
 
 @torch.no_grad()
