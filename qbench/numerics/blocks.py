@@ -10,6 +10,7 @@ there, kernels are fused by the compiler, or launched at a price.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator
 
 import torch
@@ -59,6 +60,41 @@ class Scratch:
         if self._room is None:
             self._room = torch.empty_like(block)
         return self._room if self._room.shape == block.shape else self._room[: len(block)]
+
+
+class Room(threading.local):
+    """Memory that a thread keeps for one tensor at a time, as fresh memory can cost more than what is done in it."""
+
+    def __init__(self) -> None:
+        self._values: Tensor | None = None
+        self._most = 0
+
+    def like(self, x: Tensor) -> Tensor | None:
+        """Room for a tensor, which holds anything; None for one with gaps in memory, or no float32 on a CPU."""
+        if not at_hand(x) or not dense(x).is_contiguous():
+            return None
+        if self._values is None or self._values.numel() < x.numel():
+            # As much as was ever needed: memory that nothing was written to is not there yet.
+            self._most = max(self._most, x.numel())
+            self._values = torch.empty(self._most, dtype=torch.float32, device="cpu")
+        return self._values.as_strided(x.shape, x.stride())
+
+
+class RoomOfBackward(Room):
+    """The same for tensors of backward, each of which is done with in its node: let go when that backward ends."""
+
+    def like(self, x: Tensor) -> Tensor:
+        """Room for a tensor, which holds anything: fresh memory for one with gaps, or outside of backward."""
+        engine = torch.autograd.Variable._execution_engine
+        if torch._C._current_graph_task_id() == -1:
+            return torch.empty_like(x)
+        if self._values is None:
+            engine.queue_callback(self._let_go)
+        found = super().like(x)
+        return torch.empty_like(x) if found is None else found
+
+    def _let_go(self) -> None:
+        self._values = None
 
 
 def channels_are_last(x: Tensor) -> bool | None:

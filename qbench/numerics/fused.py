@@ -9,9 +9,9 @@
 
 Both clamps are one, before rounding, and both cuts of the gradient are one: see `qbench.numerics.interval`. The ends of
 `a` are those of `v`, clamped. So there are fewer operators than steps, with the bits of the steps. What is saved is `y`
-alone, which BatchNorm's backward needs anyway: `v` is computed again, in blocks that never leave the cache. Outside
-BatchNorm's own two kernels, that makes two passes over memory forward and one backward, and two fresh tensors of the
-size of `y`.
+alone, which BatchNorm's backward needs anyway: `v` is computed again, where the gradient that passes then lies, in
+memory that all layers share in one backward. Outside BatchNorm's own two kernels, that makes two passes over memory
+forward and two backward, and two fresh tensors of the size of `y`: the output and the gradient.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qbench.numerics.blocks import Scratch, dense, in_blocks
+from qbench.numerics.blocks import RoomOfBackward, channels_are_last, dense
 from qbench.numerics.interval import Interval, Numbers, interval_of, passed
 from qbench.numerics.qparams import QParams
 from qbench.numerics.saved_codes import Coded
 
 aten = torch.ops.aten
+
+_ROOM = RoomOfBackward()
 
 #: Lowest and highest value of a tensor, () each.
 Ends = tuple[Tensor, Tensor]
@@ -101,10 +103,10 @@ def normalize_clip_quantize(
         statistics: What BatchNorm updates.
         chain: What follows it.
     """
-    out, mean, inverse = _batch_norm(y, gamma, shift, statistics)
+    out, mean, inverse, factor, constant = _batch_norm(y, gamma, shift, statistics)
     interval = _observed(out, chain)
     interval.quantize(out, out)
-    saved = gamma, mean, inverse, *_affine(y, gamma, shift, mean, inverse)
+    saved = gamma, mean, inverse, factor, constant
     return Followed(out, saved, functools.partial(_backward, interval=interval, eps=statistics.eps))
 
 
@@ -119,9 +121,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     gamma, mean, inverse, factor, constant = saved
     above, below = interval.passing()
-    inside, room = torch.empty_like(y), Scratch()
-    for source, given, target in in_blocks(y, grad, inside):
-        passed(given, torch.addcmul(constant, source, factor, out=room.like(source)), above, below, out=target)
+    v = _normalize(y, factor, constant, _ROOM.like(y))
+    inside = passed(grad, v, above, below, out=v)
     asked = [True, wanted[1], wanted[2] or wanted[3]]
     found = aten.native_batch_norm_backward(inside, y, gamma, None, None, mean, inverse, True, eps, asked)
     grad_y, grad_gamma, grad_shift = found
@@ -158,46 +159,56 @@ class _ClipQuantize(torch.autograd.Function):
 
 def _batch_norm(
     y: Tensor, gamma: Tensor | None, shift: Tensor | None, statistics: Statistics
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`v`, the batch's mean and `1/sqrt(σ² + ε)`; moves the running statistics."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`v`, the batch's mean, `1/sqrt(σ² + ε)`, `α` and `β'`; moves the running statistics."""
     running = statistics.running_mean, statistics.running_var
     out, mean, inverse = aten.native_batch_norm(y, gamma, shift, *running, True, statistics.momentum, statistics.eps)
-    if not _repeats_batch_norm(y.is_contiguous()):
-        factor, constant = _affine(y, gamma, shift, mean, inverse)
-        torch.addcmul(constant, y, factor, out=out)
-    return out, mean, inverse
-
-
-def _affine(y: Tensor, gamma: Tensor | None, shift: Tensor | None, mean: Tensor, inverse: Tensor) -> Ends:
-    """`α` and `β'`, shaped so that they broadcast against `y`."""
     factor = inverse if gamma is None else inverse * gamma
     start = torch.zeros_like(mean) if shift is None else shift
     constant = torch.addcmul(start, mean, factor, value=-1)
-    wide = (1, -1, *[1] * (y.ndim - 2))
-    return factor.reshape(wide), constant.reshape(wide)
+    if not _repeats_batch_norm(channels_are_last(y)):
+        _normalize(y, factor, constant, out)
+    return out, mean, inverse, factor, constant
+
+
+def _normalize(y: Tensor, factor: Tensor, constant: Tensor, out: Tensor) -> Tensor:
+    """`α·y + β'`, written to `out`, from two tensors (channels,).
+
+    With mean 0, variance 1 and ε = 0, PyTorch's BatchNorm is that, too, and faster where channels come first in memory.
+    """
+    if channels_are_last(y):
+        wide = (1, -1, *[1] * (y.ndim - 2))
+        return torch.addcmul(constant.view(wide), y, factor.view(wide), out=out)
+    mean, variance, none = torch.zeros_like(factor), torch.ones_like(factor), factor.new_empty(0)
+    found = {"out": out, "save_mean": none, "save_invstd": none}
+    aten.native_batch_norm.out(y, factor, constant, mean, variance, False, 0.0, 0.0, **found)
+    return out
 
 
 @functools.cache
-def _repeats_batch_norm(contiguous: bool) -> bool:
-    """Whether `addcmul` has the bits of PyTorch's BatchNorm here: both round once where a CPU has fused products."""
+def _repeats_batch_norm(last: bool | None) -> bool:
+    """Whether `_normalize` has the bits of PyTorch's BatchNorm: both round once where a CPU has fused products.
+
+    Args:
+        last: See `channels_are_last`.
+    """
+    if last is None:
+        return False
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(4, 13, 9, 11, generator=generator) * 3 + 1
-    y = y if contiguous else y.contiguous(memory_format=torch.channels_last)
+    y = y.contiguous(memory_format=torch.channels_last) if last else y
     gamma, shift = torch.randn(13, generator=generator), torch.randn(13, generator=generator)
     out, mean, inverse = aten.native_batch_norm(y, gamma, shift, None, None, True, 0.1, 1e-5)
-    factor, constant = _affine(y, gamma, shift, mean, inverse)
-    return torch.equal(out, torch.addcmul(constant, y, factor))
+    factor = inverse * gamma
+    return torch.equal(out, _normalize(y, factor, torch.addcmul(shift, mean, factor, value=-1), torch.empty_like(y)))
 
 
 def _observed(v: Tensor, chain: Chain) -> Interval:
     """The grid that is found from `a`; where its ends do not say enough, `v` is made `a`."""
     ends = None
     if chain.by_ends:
-        found = [torch.aminmax(dense(value)) for (value,) in in_blocks(v)]
-        lows, highs = zip(*found, strict=True)
-        low, high = found[0] if len(found) == 1 else (torch.stack(lows).amin(), torch.stack(highs).amax())
+        low, high = torch.aminmax(dense(v))
         ends = low.clamp(chain.low, chain.high), high.clamp(chain.low, chain.high)
     else:
-        for (value,) in in_blocks(v):
-            value.clamp_(chain.low, chain.high)
+        v.clamp_(chain.low, chain.high)
     return interval_of(chain.watch(v, ends), (chain.low, chain.high))

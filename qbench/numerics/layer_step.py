@@ -12,7 +12,6 @@ is asked for. The values are those that were used in forward, to the bit.
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qbench.numerics.blocks import at_hand, dense
+from qbench.numerics.blocks import Room
 from qbench.numerics.fused import Followed
 from qbench.numerics.qparams import QParams
 from qbench.numerics.saved_codes import Coded
@@ -30,22 +29,8 @@ from qbench.numerics.saved_codes import Coded
 KEPT_WEIGHTS, KEPT_WEIGHTS_LOW_MEMORY = 1 << 18, 1 << 13
 
 
-class _Room(threading.local):
-    """Memory of a thread for the one `Ŵ/k` that is at work: fresh memory costs as much as rounding into it."""
-
-    def __init__(self) -> None:
-        self._values: Tensor | None = None
-
-    def like(self, weight: Tensor) -> Tensor | None:
-        """Room for a weight, which holds anything; None where it has gaps in memory, or is no float32 on a CPU."""
-        if not at_hand(weight) or not dense(weight).is_contiguous():
-            return None
-        if self._values is None or self._values.numel() < weight.numel():
-            self._values = torch.empty(weight.numel(), dtype=torch.float32, device="cpu")
-        return self._values.as_strided(weight.shape, weight.stride())
-
-
-_ROOM = _Room()
+#: For the one `Ŵ/k` that is at work.
+_ROOM = Room()
 
 
 class TrainingParameters(NamedTuple):

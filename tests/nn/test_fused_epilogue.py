@@ -188,16 +188,21 @@ def test_an_activation_of_another_kind_is_not_fused(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("repeats", [True, False])
-def test_forward_and_backward_see_the_same_value(repeats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU whose BatchNorm rounds otherwise than `addcmul`, the forward takes the values that backward will."""
-    monkeypatch.setattr(fused, "_repeats_batch_norm", lambda _: repeats)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2), (0, 2, 1, 3)])
+def test_forward_and_backward_see_the_same_value(
+    repeats: bool, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where PyTorch's BatchNorm rounds otherwise in training, the forward takes the values that backward will."""
+    if not repeats:
+        monkeypatch.setattr(fused, "_repeats_batch_norm", lambda _: False)
     torch.manual_seed(0)
-    y = torch.randn(8, CHANNELS, 7, 7)
+    y = torch.randn(CHANNELS, CHANNELS, CHANNELS, CHANNELS).permute(order)
     gamma, shift = torch.randn(CHANNELS), torch.randn(CHANNELS)
     statistics = fused.Statistics(torch.zeros(CHANNELS), torch.ones(CHANNELS), 0.1, 1e-5)
-    out, mean, inverse = fused._batch_norm(y, gamma, shift, statistics)
-    factor, constant = fused._affine(y, gamma, shift, mean, inverse)
-    assert torch.equal(out, torch.addcmul(constant, y, factor))
+    out, mean, inverse, factor, constant = fused._batch_norm(y, gamma, shift, statistics)
+    assert torch.equal(out, fused._normalize(y, factor, constant, torch.empty_like(y)))
+    wide = (1, -1, 1, 1)
+    assert torch.allclose(out, (y - mean.view(wide)) * (inverse * gamma).view(wide) + shift.view(wide), atol=1e-5)
 
 
 def test_a_broken_activation_is_seen() -> None:
