@@ -77,7 +77,7 @@ class LearnedFakeQuantize(FakeQuantize):
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
         """The scale in use, float32, without a gradient."""
-        return self.scale_of(self.value().detach())
+        return self.scale_in_use().detach()
 
     @property
     def zero_point(self) -> Tensor:  # type: ignore[override]
@@ -133,7 +133,11 @@ class LearnedFakeQuantize(FakeQuantize):
 
     def snapshot(self) -> QParams:
         """The grid in use, with the gradient to what is learned; see `FakeQuantize.snapshot`."""
-        return self._grid(self.scale_of(self.value()), self.zero_point.clone())
+        return self._grid(self.scale_in_use(), self.zero_point.clone())
+
+    def scale_in_use(self) -> Tensor:
+        """The scale of `snapshot()`."""
+        return self.scale_of(self.value())
 
     def _grid(self, scale: Tensor, zero_point: Tensor) -> QParams:
         spec = self.spec

@@ -13,17 +13,24 @@ through the bias, `s_b = s_in·s_w`, is part of ∂L/∂s and multiplied by `g` 
 another.
 
 `s` stays positive by reflection at 0 (`learned.positive`): a step that crosses zero is only a step too far.
+
+In eager training on a CPU, `s` is one function of what is learned. That of an activation is asked for by each layer
+that reads or writes the tensor, and as long as none of its numbers has moved they all get the same one, with one
+gradient between them.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qbench.fake_quantize.learned import LearnedFakeQuantize, positive
-from qbench.numerics.qparams import QParams
+from qbench.numerics.blocks import at_hand
+from qbench.numerics.qparams import SMALLEST_SCALE, QParams
 
 
 class LSQ(LearnedFakeQuantize):
@@ -56,6 +63,57 @@ class LSQ(LearnedFakeQuantize):
         """`s = |v|`, whose gradient is multiplied by `g`."""
         return positive(value, self.gradient_scale())
 
+    def scale_in_use(self) -> Tensor:
+        """See `LearnedFakeQuantize.scale_in_use`."""
+        kind = type(self)
+        own = kind.scale_of, kind.gradient_scale, kind.value
+        if own != (LSQ.scale_of, LSQ.gradient_scale, LSQ.value) or not (at_hand(self.change) and at_hand(self.start)):
+            return super().scale_in_use()
+        if self.change.ndim:
+            return _Scale.apply(self.change, self.start, self.gradient_scale(), weakref.ref(self))
+        change, numbers = self.change, (self.start.item(), self.start_zero_point.item(), self.sharing.item())
+        now = *numbers, change.item(), change.requires_grad, torch.is_grad_enabled()
+        known = _SHARED.get(self)
+        if known is None or known.now != now or known.change() is not change:
+            scale = _Scale.apply(change, self.start, self.gradient_scale(), weakref.ref(self))
+            known = _SHARED[self] = _Shared(now, weakref.ref(change), scale)
+        return known.scale
+
     def gradient_scale(self) -> Tensor:
         """`g`, shape of the scale."""
         return torch.rsqrt(self.sharing * (self.spec.qmax - self.start_zero_point).clamp(min=1))
+
+
+class _Scale(torch.autograd.Function):
+    """`s = |v₀ + δ|`, at least the smallest scale; tells the quantizer that a gradient has come.
+
+    What it keeps is not freed by a backward: more than one may come through what is shared.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, change: Tensor, start: Tensor, factor: Tensor, quantizer: weakref.ref[LSQ]
+    ) -> Tensor:
+        ctx.value = start + change
+        ctx.factor, ctx.quantizer = factor, quantizer
+        found: Tensor = ctx.value.abs().clamp_(min=SMALLEST_SCALE)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        quantizer = ctx.quantizer()
+        if quantizer is not None and not quantizer.learning:
+            quantizer.learning = True
+        return grads[0] * torch.copysign(ctx.factor, ctx.value), None, None, None
+
+
+class _Shared(NamedTuple):
+    """A scale, and the numbers that it was made of."""
+
+    now: tuple[Any, ...]
+    change: weakref.ref[Tensor]
+    scale: Tensor
+
+
+# By quantizer, and not on it: one that is copied or stored takes no graph along.
+_SHARED: weakref.WeakKeyDictionary[LSQ, _Shared] = weakref.WeakKeyDictionary()

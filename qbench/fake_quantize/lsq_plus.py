@@ -57,7 +57,7 @@ class LSQPlus(LSQ):
 
     def snapshot(self) -> QParams:
         """The grid in use, with the gradient to the scale."""
-        scale = self.scale_of(self.value())
+        scale = self.scale_in_use()
         return self._grid(scale, self._zero_point(scale).detach().to(torch.int32))
 
     def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:

@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from qbench.numerics.blocks import dense, in_rows
 from qbench.numerics.generated import BothWays, Generated, Tensors, generated, once
 from qbench.numerics.interval import first_beyond
-from qbench.numerics.layer_step import Learned
 from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
 from qbench.numerics.straight_through import GridGradient
 
@@ -165,13 +164,15 @@ class _GeneratedClip(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0], None, None, None, None
 
 
-def round_learned(v: Tensor, grid: tuple[Tensor, Tensor], learned: Learned, code: BothWays) -> Tensor:
+def round_learned(
+    v: Tensor, grid: tuple[Tensor, Tensor], learned: tuple[Tensor | None, Tensor | None], code: BothWays
+) -> Tensor:
     """A clamp and a quantizer whose grid is learned, by generated code.
 
     Args:
         v: float32, (rows, …), without gaps in memory; nobody writes to it any more.
         grid: `s`, float32, and `z`, int32, (), or where the spec has an axis (rows, 1) for `v` of (rows, values).
-        learned: As of `layer_step`, of the shape of the grid.
+        learned: `s` and `z` with their gradient, of the shape of the grid; None where there is none.
         code: Of `learned_code`.
     """
     out: Tensor = _GeneratedLearned.apply(v, *learned, grid, code)

@@ -33,6 +33,27 @@ KEPT_WEIGHTS, KEPT_WEIGHTS_LOW_MEMORY = 1 << 18, 1 << 13
 _ROOM = Room()
 
 
+class Learned(NamedTuple):
+    """Of the grids at a layer, what is learned, with its gradient; None where it is not.
+
+    Attributes:
+        input_scale: `s_in`, ().
+        step: `t`, (out,): the steps of W.
+        scale: `s` of the output, ().
+        zero_point: `z` of the output as float32, ().
+        place: `z` as it is where `s` is learned, int32, ().
+    """
+
+    input_scale: Tensor | None = None
+    step: Tensor | None = None
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    place: Tensor | None = None
+
+
+NOTHING_LEARNED = Learned()
+
+
 class TrainingParameters(NamedTuple):
     """What a layer computes with where BatchNorm normalises with the batch's statistics.
 
@@ -41,12 +62,14 @@ class TrainingParameters(NamedTuple):
         qparams: Its grid, or None where it lies on none.
         error: `e`, (out,), with the gradient to scales that learn; None where the bias stays float.
         silenced: Bool (out,): channels whose weights are all 0; None where there is none.
+        saved: What `Parameters.backward` needs.
     """
 
     weight: Tensor
     qparams: QParams | None
     error: Tensor | None
     silenced: Tensor | None
+    saved: tuple[Tensor | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,30 +101,59 @@ class Convolution:
         )
         return found
 
+    def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        """(batch, out, …), for (batch, in, …) and (out, in/groups, …)."""
+        kept = zip(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        sizes = ((size + 2 * pad - by * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, by in kept)
+        return x.shape[0], weight.shape[0], *sizes
+
     def _arguments(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
 
 
 #: What follows a linear part: from y, γ, β, e and the channels that are silenced.
 Follow = Callable[[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"], Followed]
-#: `s` and `z` where they are learned, with their gradient; else None.
-Learned = tuple["Tensor | None", "Tensor | None"]
 
 
 class Parameters(Protocol):
-    """Finds `Ŵ/k` and `e`, without gradients.
+    """Finds `Ŵ/k` and `e`, without autograd.
 
     Where `room` is given, like W, `Ŵ/k` may be put there, and comes with its grid: it is not kept.
     """
 
     def __call__(
-        self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, room: Tensor | None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        room: Tensor | None,
+        learned: Learned,
     ) -> TrainingParameters:
-        """From W, b, γ and β."""
+        """From W, b, γ, β, and the scales that are learned."""
         ...
 
     def again(self, weight: Tensor, qparams: QParams, room: Tensor | None) -> Tensor:
         """`Ŵ/k` from W and the grid that was found."""
+        ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        grad_error: Tensor | None,
+        weight: Tensor,
+        saved: tuple[Tensor | None, ...],
+        learns: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients to W, `s_in` and `t`.
+
+        Args:
+            grad: That to `Ŵ/k`; may be written to.
+            grad_error: That to `e`, or None.
+            weight: W.
+            saved: Of what was found.
+            learns: Whether `t` is learned.
+        """
         ...
 
 
@@ -114,9 +166,15 @@ class FollowByPath(Protocol):
         ...
 
     def __call__(
-        self, y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, silenced: Tensor | None
+        self,
+        y: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        error: Tensor | None,
+        silenced: Tensor | None,
+        grid: tuple[Tensor, Tensor] | None = None,
     ) -> Followed:
-        """See `Follow`."""
+        """See `Follow`; with `s` and `z` of the output where they are learned."""
         ...
 
 
@@ -138,7 +196,13 @@ class LayerStep:
 
 
 def layer_step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, step: LayerStep
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    step: LayerStep,
+    learned: Learned = NOTHING_LEARNED,
 ) -> tuple[Tensor, Coded | None]:
     """The output of a layer, and its codes where they are at hand.
 
@@ -149,9 +213,10 @@ def layer_step(
         gamma: `γ`, (out,), or None.
         beta: `β`, (out,), or None.
         step: What to do.
+        learned: Of the grids, what is learned.
     """
     codes: list[Coded | None] = []
-    out: Tensor = _Layer.apply(x, weight, bias, gamma, beta, step, codes)
+    out: Tensor = _Layer.apply(x, weight, bias, gamma, beta, *learned, step, codes)
     return out, codes[0]
 
 
@@ -164,37 +229,58 @@ class _Layer(torch.autograd.Function):
         bias: Tensor | None,
         gamma: Tensor | None,
         beta: Tensor | None,
+        input_scale: Tensor | None,
+        weight_step: Tensor | None,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        place: Tensor | None,
         step: LayerStep,
         codes: list[Coded | None],
     ) -> Tensor:
         again = weight.numel() > (KEPT_WEIGHTS if step.coded is None else KEPT_WEIGHTS_LOW_MEMORY)
         room = _ROOM.like(weight) if again else None
-        found = step.parameters(weight, bias, gamma, beta, room)
+        learned = Learned(input_scale, weight_step, scale, zero_point, place)
+        found = step.parameters(weight, bias, gamma, beta, room, learned)
         y = step.linear(x, found.weight, bias)
         if y.size(0) == 1 and y.numel() == y.size(1):
             F.batch_norm(y, None, None, training=True)  # one value a channel: it refuses, in its own words
-        followed = step.follow(y, gamma, beta, found.error, found.silenced)
+        grid = None if scale is None or place is None else (scale, place)
+        followed = step.follow(y, gamma, beta, found.error, found.silenced, grid)
         coded = step.coded(x) if step.coded is not None and any(ctx.needs_input_grad) else None
         codes.append(followed.coded)
         ctx.step, ctx.back, ctx.coded = step, followed.backward, coded is not None
-        grid = ctx.grid = found.qparams if again and room is not None else None
+        grid_of_weight = ctx.grid = found.qparams if again and room is not None else None
+        ctx.parameters = len(found.saved)
         inputs = (x,) if coded is None else (coded.codes, coded.scale, coded.zero)
-        ctx.save_for_backward(found.weight if grid is None else weight, y, *inputs, *followed.saved)
+        kept = found.weight if grid_of_weight is None else None
+        source = weight if kept is None or found.saved else None
+        ctx.save_for_backward(source, kept, y, *found.saved, *inputs, *followed.saved)
         return followed.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, y, x, *saved = ctx.saved_tensors
+        weight, value, y, *others = ctx.saved_tensors
+        found, (x, *saved) = others[: ctx.parameters], others[ctx.parameters :]
         if ctx.coded:
             x, saved = Coded(x, *saved[:2]).value(), saved[2:]
-        grid: QParams | None = ctx.grid
-        if grid is not None:
-            weight = ctx.step.parameters.again(weight, grid, _ROOM.like(weight))
+        step: LayerStep = ctx.step
+        if value is None:
+            value = step.parameters.again(weight, ctx.grid, _ROOM.like(weight))
         wanted = ctx.needs_input_grad
-        needed = True, *wanted[3:5], False, False, False
-        grad_y, grad_gamma, grad_beta, *_ = ctx.back(grads[0], y, tuple(saved), needed)
-        return (*ctx.step.linear.backward(grad_y, x, weight, list(wanted[:3])), grad_gamma, grad_beta, None, None)
+        scales_learn = wanted[5] or wanted[6]
+        needed = True, *wanted[3:5], scales_learn, *wanted[7:9]
+        grad_y, grad_gamma, grad_beta, grad_error, *to_grid = ctx.back(grads[0], y, tuple(saved), needed)
+        by_linear = [wanted[0], wanted[1] or scales_learn, wanted[2]]
+        grad_x, grad_weight, grad_bias = step.linear.backward(grad_y, x, value, by_linear)
+        to_input = to_step = None
+        if scales_learn and grad_weight is not None:
+            given = grad_weight, grad_error, weight, tuple(found), wanted[6]
+            grad_weight, to_input, to_step = step.parameters.backward(*given)
+        return (
+            *(grad_x, grad_weight if wanted[1] else None, grad_bias, grad_gamma, grad_beta),
+            *(to_input if wanted[5] else None, to_step, *to_grid, None, None, None),
+        )
 
 
 def normalized(
@@ -204,7 +290,8 @@ def normalized(
     error: Tensor | None,
     silenced: Tensor | None,
     follow: Follow,
-    learned: Learned = (None, None),
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
 ) -> Tensor:
     """What follows a linear part that is a function of its own.
 
@@ -215,9 +302,10 @@ def normalized(
         error: `e`, (channels,), or None.
         silenced: Bool, (channels,): channels whose running statistics stay; or None.
         follow: What to do.
-        learned: Of the output's grid, where that is learned.
+        scale: `s` of the output, where it is learned; else None.
+        zero_point: `z`, likewise.
     """
-    out: Tensor = _Normalized.apply(y, gamma, beta, error, *learned, silenced, follow)
+    out: Tensor = _Normalized.apply(y, gamma, beta, error, scale, zero_point, silenced, follow)
     return out
 
 

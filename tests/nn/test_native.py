@@ -289,7 +289,7 @@ def test_parameters_are_those_of_the_plain_path(memory_format: torch.memory_form
                     bn = BatchNormTensors(*affine, mean, var, 1e-3)
                     functions = fast_parameters.native_parameters(folding, weight, bn.eps)
                     assert functions is not None
-                    value, step, error, silent = functions(weight, own, *affine, mean, var, scale) or [None] * 4
+                    value, step, error, silent, _ = functions(weight, own, *affine, mean, var, scale) or [None] * 5
                     plain = training_parameters(folding, weight, own, bn, scale)
                     assert plain.qparams is not None and step is not None and value is not None and silent is not None
                     assert same_bits(value, plain.weight) and value.stride() == weight.stride()

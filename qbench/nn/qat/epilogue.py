@@ -33,7 +33,7 @@ from qbench.numerics.generated import DEVICES, Generated, standing_for
 from qbench.numerics.generated_epilogue import Code, Moved, generated_code, normalize_clip_quantize
 from qbench.numerics.generated_rounding import clip_code, clip_quantize, learned_code, round_learned
 from qbench.numerics.interval import is_served
-from qbench.numerics.layer_step import Follow, Learned, normalized
+from qbench.numerics.layer_step import Follow, normalized
 from qbench.numerics.native.steps import Clipping, Following, Remembered, clipping, following
 from qbench.observers import Observer
 
@@ -108,19 +108,26 @@ def generated_epilogue(
         if learned is None:
             out = _normalized(y, bn, follow)
         else:
-            grid, gradients = _learned_grid(y, learned)
-            out = learned.regularized(_normalized(y, bn, functools.partial(follow, grid=grid), gradients))
+            grid, gradients = learned_grid(y, learned)
+            out = learned.regularized(_normalized(y, bn, functools.partial(follow, grid=grid), *gradients))
         return note_producer(out, quantizer), follow.path
     assert learned is not None
     code = learned_code(*rounding)
     if not dense(y).is_contiguous() or not code.ready():
         return None
-    out = learned.regularized(round_learned(y, *_learned_grid(y, learned), code))
+    out = learned.regularized(round_learned(y, *learned_grid(y, learned), code))
     return note_producer(out, quantizer), "generated"
 
 
-def _learned_grid(y: Tensor, quantizer: LearnedFakeQuantize) -> tuple[tuple[Tensor, Tensor], Learned]:
-    """The grid for `y`, `s` and `z`, and the same with their gradients."""
+def learned_grid(
+    y: Tensor, quantizer: LearnedFakeQuantize
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None]]:
+    """The grid for `y`, `s` and `z`, and the same with their gradients.
+
+    Args:
+        y: Of which the shape matters.
+        quantizer: What it goes through.
+    """
     if quantizer.training:
         quantizer.note_size(y)
     snapshot = quantizer.snapshot()
@@ -135,8 +142,8 @@ def _is_plain(bn: TrainingBatchNorm, y: Tensor) -> bool:
     return True
 
 
-def _normalized(y: Tensor, bn: TrainingBatchNorm, follow: Follow, learned: Learned = (None, None)) -> Tensor:
-    return normalized(y, bn.holder.weight, bn.holder.bias, bn.error, bn.silenced, follow, learned)
+def _normalized(y: Tensor, bn: TrainingBatchNorm, follow: Follow, *learned: Tensor | None) -> Tensor:
+    return normalized(y, bn.holder.weight, bn.holder.bias, bn.error, bn.silenced, follow, *learned)
 
 
 def chain_of(bounds: tuple[float, float] | None, quantizer: FakeQuantize | None) -> fused.Chain | None:
@@ -180,9 +187,15 @@ class InBlocks:
     chain: fused.Chain
 
     def __call__(
-        self, y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, silenced: Tensor | None
+        self,
+        y: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        error: Tensor | None,
+        silenced: Tensor | None,
+        grid: tuple[Tensor, Tensor] | None = None,
     ) -> fused.Followed:
-        """See `Follow`."""
+        """See `FollowByPath`; not for grids that are learned."""
         bn = dataclasses.replace(self.bn, error=error, silenced=silenced)
         with bn.keeping_silenced():
             return fused.normalize_clip_quantize(y, gamma, bn.shift, bn.count(), self.chain)

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qbench.fake_quantize import FakeQuantize
+from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.fake_quantize.base import is_hooked
+from qbench.fake_quantize.bias import BiasSpec
+from qbench.fake_quantize.learned import LearnedFakeQuantize
 from qbench.nn.qat.parameters import Folding, bias_error, rounding_code, training_parameters
 from qbench.numerics.bias import WIDEST_STORED_BITS
 from qbench.numerics.blocks import at_hand, channels_are_last, from_memory_order, in_memory_order, in_rows
-from qbench.numerics.fold import BatchNormTensors
+from qbench.numerics.fold import BatchNormTensors, WeightLayout
 from qbench.numerics.generated import DEVICES, Generated, Tensors, generated, same_bits, standing_for
-from qbench.numerics.layer_step import TrainingParameters
+from qbench.numerics.layer_step import NOTHING_LEARNED, Learned, TrainingParameters
 from qbench.numerics.native import steps as native
 from qbench.numerics.native.library import library, trusted
-from qbench.numerics.qparams import QParams
+from qbench.numerics.qparams import SMALLEST_SCALE, QParams, QSpec
 from qbench.numerics.straight_through import round_to_grid, straight_through
 from qbench.observers import LatestMinMaxObserver
 
@@ -49,23 +52,96 @@ def parameter_code(folding: Folding, weight: Tensor, eps: float | None) -> Gener
 def native_parameters(folding: Folding, weight: Tensor, eps: float | None) -> native.Parameters | None:
     """The parameters by C++; None where there is nothing for them. Arguments as of `parameter_code`."""
     quantizer, bias = folding.weight_quantizer, folding.bias_quantizer
-    if not folding.straight or folding.layout.transposed or not at_hand(weight):
+    learned = isinstance(quantizer, LearnedFakeQuantize)
+    if not (folding.learned if learned else folding.straight) or folding.layout.transposed or not at_hand(weight):
         return None
-    if is_hooked(quantizer, quantizer.observer) or type(quantizer.observer) is not LatestMinMaxObserver:
+    if is_hooked(quantizer, quantizer.observer):
         return None
     if bias is not None and (bias.spec.scale != "input_weight" or bias.spec.bits > WIDEST_STORED_BITS):
         return None
-    return _native_parameters(_rule_of(folding), eps)
+    if learned:
+        return None if eps is None else _learned_parameters(quantizer.spec, None if bias is None else bias.spec, eps)
+    return _native_parameters(_rule_of(folding), eps) if type(quantizer.observer) is LatestMinMaxObserver else None
+
+
+def _in_cpp(spec: QSpec, bias: BiasSpec | None, eps: float | None) -> native.Parameters | None:
+    functions = library()
+    if functions is None:
+        return None
+    rule = (0, 0) if bias is None else (bias.bits, bias.code_limit)
+    return native.Parameters(spec.qmin, spec.qmax, *rule, eps, functions)
+
+
+@functools.lru_cache(maxsize=256)
+def _learned_parameters(spec: QSpec, bias: BiasSpec | None, eps: float) -> native.Parameters | None:
+    """For a weight whose steps are learned, with the bits of PyTorch's operators, gradients too."""
+    found = _in_cpp(spec, bias, eps)
+    if found is None:
+        return None
+    with torch.enable_grad():
+        return trusted(found, all(same_bits(*pair) for pair in _learned_by_both(found, spec, bias, eps)))
+
+
+def _learned_by_both(
+    functions: native.Parameters, spec: QSpec, bias: BiasSpec | None, eps: float
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """What C++ and PyTorch's operators make of a sample, forward and backward."""
+    weight, b, gamma, beta, mean, var, input_scale = _sample(None, eps, "cpu")
+    assert weight is not None and mean is not None and var is not None and input_scale is not None
+    step = (0.7 * weight.abs().amax(1) / spec.qmax).clamp(min=SMALLEST_SCALE)
+    quantizer = _Given(spec, LatestMinMaxObserver(spec))
+    quantizer.fit_to(weight)
+    quantizer.given = step = step.requires_grad_()
+    folding = Folding(WeightLayout(), quantizer, None if bias is None else BiasQuantizer(bias))
+    weight.requires_grad_()
+    sources = [weight, step]
+    if bias is None:
+        input_scale = None
+    else:
+        sources.append(input_scale.requires_grad_())
+    wanted = training_parameters(folding, weight, b, BatchNormTensors(gamma, beta, mean, var, eps), input_scale)
+    given = b, gamma, beta, mean, var, input_scale
+    with torch.no_grad():
+        found = functions(weight, *given, None, step, keeps=True)
+    assert found is not None and found.kept is not None and wanted.qparams is not None
+    yield found.value, wanted.weight
+    yield found.step, wanted.qparams.scale
+    yield found.error, wanted.error
+    yield found.silenced, wanted.silenced if wanted.silenced is not None else torch.zeros_like(found.silenced)
+    # One value of a channel, one channel of e at a time: sums of one term are the same in any order.
+    channels, columns = weight.shape
+    for place in range(channels):
+        grad, grad_error = torch.zeros_like(weight), torch.zeros(channels)
+        grad[range(channels), [(place + row) % columns for row in range(channels)]] = torch.linspace(-1, 1, channels)
+        grad_error[place] = 0.3
+        ends = [wanted.weight] if wanted.error is None else [wanted.weight, wanted.error]
+        by_operators = torch.autograd.grad(ends, sources, [grad, grad_error][: len(ends)], retain_graph=True)
+        with torch.no_grad():
+            to_error = None if wanted.error is None else grad_error
+            ours = functions.backward(grad.clone(), weight, found.step, to_error, found.kept, input_scale, True)
+        # A gradient that is cut off may keep its sign in a zero, or not.
+        pairs = zip(ours, by_operators, strict=False)
+        yield from ((one + 0.0, other + 0.0) for one, other in pairs if one is not None)
+
+
+class _Given(LearnedFakeQuantize):
+    """Steps that are given with their gradient."""
+
+    given: Tensor
+
+    def snapshot(self) -> QParams:
+        return self._grid(self.given, self.zero_point)
+
+    def qparams_of(self, x: Tensor) -> QParams:
+        return self.snapshot()
 
 
 @functools.lru_cache(maxsize=256)
 def _native_parameters(folding: Folding, eps: float | None) -> native.Parameters | None:
-    functions, bias = library(), folding.bias_quantizer
-    if functions is None:
+    bias = folding.bias_quantizer
+    found = _in_cpp(folding.weight_quantizer.spec, None if bias is None else bias.spec, eps)
+    if found is None:
         return None
-    rule = (0, 0) if bias is None else (bias.spec.bits, bias.spec.code_limit)
-    spec = folding.weight_quantizer.spec
-    found = native.Parameters(spec.qmin, spec.qmax, *rule, eps, functions)
     with torch.no_grad():
         ours, wanted = _by_both(found, folding, eps)
     return trusted(found, ours is not None and all(map(same_bits, ours, wanted)))
@@ -115,7 +191,7 @@ def fast_parameters(
     functions = native_parameters(folding, weight, bn.eps)
     found = functions and functions(weight, bias, bn.gamma, bn.beta, bn.mean, bn.var, input_scale)
     if found:
-        value, step, error, silenced = found
+        value, step, error, silenced, _ = found
         return TrainingParameters(straight_through(weight, value), _grid_of(step, folding), error, silenced)
     code = parameter_code(folding, weight, bn.eps)
     return None if code is None else generated_parameters(folding, weight, bias, bn, input_scale, code)
@@ -137,7 +213,7 @@ def fast_weight_and_bias(
     functions = native_parameters(folding, weight, None)
     found = functions and functions(weight, bias, None, None, None, None, input_scale)
     if found:
-        value, step, rounded, _ = found
+        value, step, rounded, *_ = found
     else:
         code = parameter_code(folding, weight, None)
         if code is None:
@@ -190,7 +266,13 @@ class StraightParameters:
         return cls(folding, bn, source, functions, code)
 
     def __call__(
-        self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, room: Tensor | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        room: Tensor | None = None,
+        learned: Learned = NOTHING_LEARNED,
     ) -> TrainingParameters:
         """See `qbench.numerics.layer_step.Parameters`."""
         bn = BatchNormTensors(gamma, beta, self.bn.running_mean, self.bn.running_var, self.bn.eps)
@@ -214,6 +296,78 @@ class StraightParameters:
             return round_to_grid(weight, qparams.spread(qparams.scale, weight), qparams.qmin, qparams.qmax)
         code.forward(in_rows(value), in_rows(weight), qparams.scale[:, None], qparams.zero_point[:, None])
         return value
+
+
+    def backward(self, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+        """See `qbench.numerics.layer_step.Parameters`: what reaches `Ŵ/k` is for W alone."""
+        return grad, None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedParameters:
+    """The parameters of a layer whose weight's steps are learned, or the scale of its input, by C++.
+
+    Attributes:
+        folding: How.
+        bn: The BatchNorm.
+        source: The quantizer of the input where it is on a grid; else None.
+        functions: In C++.
+    """
+
+    folding: Folding
+    bn: Any
+    source: FakeQuantize | None
+    functions: native.Parameters
+
+    @classmethod
+    def of(cls, folding: Folding, bn: Any, source: FakeQuantize | None, weight: Tensor) -> LearnedParameters | None:
+        """Those of a layer; None where C++ does not serve it."""
+        source = source if source is not None and source.active else None
+        functions = native_parameters(folding, weight, bn.eps)
+        return None if functions is None else cls(folding, bn, source, functions)
+
+    def serves(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether tensors are as C++ expects them: nothing else serves here."""
+        bn = self.bn
+        return self.functions.serves(weight, bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+
+    def __call__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        room: Tensor | None = None,
+        learned: Learned = NOTHING_LEARNED,
+    ) -> TrainingParameters:
+        """See `qbench.numerics.layer_step.Parameters`."""
+        input_scale = learned.input_scale
+        if input_scale is None and self.source is not None:
+            input_scale = self.source.scale
+        tensors = bias, gamma, beta, self.bn.running_mean, self.bn.running_var, input_scale
+        found = self.functions(weight, *tensors, room, learned.step, keeps=True)
+        assert found is not None  # `serves` says so before
+        grid = None if room is None else _grid_of(found.step, self.folding)
+        saved = found.step, found.kept, None if found.error is None else input_scale
+        return TrainingParameters(found.value, grid, found.error, found.silenced, saved)
+
+    def again(self, weight: Tensor, qparams: QParams, room: Tensor | None = None) -> Tensor:
+        """See `qbench.numerics.layer_step.Parameters`."""
+        value = torch.empty_like(weight) if room is None else room
+        self.functions.again(weight, qparams.scale, value)
+        return value
+
+    def backward(
+        self, grad: Tensor, grad_error: Tensor | None, weight: Tensor, saved: tuple[Tensor | None, ...], learns: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """See `qbench.numerics.layer_step.Parameters`."""
+        step, kept, input_scale = saved
+        assert step is not None and kept is not None
+        grad_error = None if input_scale is None else grad_error
+        grad_weight, grad_step, grad_input = self.functions.backward(
+            grad, weight, step, grad_error, kept, input_scale, learns
+        )
+        return grad_weight, grad_input, grad_step
 
 
 def _training_parameters(
@@ -251,7 +405,7 @@ def _sample_without_bn(folding: Folding, device: str) -> list[Tensor | None]:
     return [weight, bias, input_scale]
 
 
-def _sample(folding: Folding, eps: float, device: str) -> list[Tensor | None]:
+def _sample(folding: Folding | None, eps: float, device: str) -> list[Tensor | None]:
     """Arguments of `_training_parameters` with channels of every kind: usual ones, γ = 0, no weights, a huge bias."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 45, generator=generator)

@@ -49,6 +49,15 @@ class Folding:
         per_channel = quantizer.spec.axis == self.layout.axis and quantizer.spec.group_size is None
         return plain and per_channel and quantizer.scales_with_tensor and not quantizer.clips
 
+    @property
+    def learned(self) -> bool:
+        """Whether the steps of `W` are learned a channel, symmetric, with the gradient of LSQ."""
+        quantizer = self.weight_quantizer
+        per_channel = quantizer.spec.axis == self.layout.axis and quantizer.spec.group_size is None
+        plain = type(quantizer).shaped is FakeQuantize.shaped and quantizer.grid_gradient == "residual"
+        learned = quantizer.learned and quantizer.fake_quant_enabled and quantizer.scales_with_tensor
+        return learned and per_channel and plain
+
     def parameters(
         self, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors | None, input_scale: Tensor | None
     ) -> tuple[WeightGrid, Tensor, Tensor | None]:

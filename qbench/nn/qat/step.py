@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qbench.fake_quantize import FakeQuantize
+from qbench.fake_quantize.learned import LearnedFakeQuantize
 from qbench.fake_quantize.producers import codes_of, note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.epilogue import (
+    ByNative,
     ClipByCode,
     ClipByNative,
     InBlocks,
@@ -19,13 +22,14 @@ from qbench.nn.qat.epilogue import (
     chain_of,
     clip_of,
     fastest,
+    learned_grid,
     leaves_output,
     rounding_of,
 )
-from qbench.nn.qat.fast_parameters import StraightParameters
+from qbench.nn.qat.fast_parameters import LearnedParameters, StraightParameters
 from qbench.nn.qat.prepared import prepared
 from qbench.numerics.blocks import at_hand
-from qbench.numerics.layer_step import LayerStep, layer_step
+from qbench.numerics.layer_step import NOTHING_LEARNED, LayerStep, Learned, layer_step
 from qbench.numerics.saved_codes import Coded, encode
 
 if TYPE_CHECKING:
@@ -41,8 +45,14 @@ def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     if step is None or x.ndim != weight.ndim or not at_hand(x) or torch.is_autocast_enabled("cpu"):
         return None
     bn: Any = layer.bn
-    out, coded = layer_step(x, weight, layer.linear_bias, bn.weight, bn.bias, step)
+    learned = NOTHING_LEARNED if plan.learns is None else plan.learns(layer, x, step)
+    if learned is None:
+        return None
+    out, coded = layer_step(x, weight, layer.linear_bias, bn.weight, bn.bias, step, learned)
     layer.note_path(step.follow.path)
+    if learned.scale is not None:
+        assert isinstance(plan.quantizer, LearnedFakeQuantize)
+        out = plan.quantizer.regularized(out)
     out = note_producer(out, plan.quantizer, coded)
     return out if plan.quantizer is layer.output_quantizer else layer.activated(out, plan.clip)
 
@@ -54,11 +64,42 @@ class Plan(NamedTuple):
         step: Up to its first quantizer; None where nothing does.
         quantizer: That quantizer.
         clip: The output's quantizer where that is another one, and may write to what comes before it; else None.
+        learns: Finds what is learned of the grids at the layer; None where nothing is.
     """
 
     step: LayerStep | None
     quantizer: FakeQuantize | None
     clip: ClipByNative | ClipByCode | None = None
+    learns: Learns | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Learns:
+    """Which of the grids at a layer are learned.
+
+    Attributes:
+        of_input: Whether that of the input is.
+        of_weight: Whether that of the weight is.
+        of_output: The quantizer of the output where it is; else None.
+    """
+
+    of_input: bool
+    of_weight: bool
+    of_output: LearnedFakeQuantize | None
+
+    def __call__(self, layer: QatLayer, x: Tensor, step: LayerStep) -> Learned | None:
+        """What is learned, as it is now; None where tensors are not as C++ expects them."""
+        weight, parameters = layer.linear_weight, step.parameters
+        if isinstance(parameters, LearnedParameters) and not parameters.serves(weight, layer.linear_bias):
+            return None
+        input_scale = layer.input_scale() if self.of_input else None
+        of_weight = layer.weight_quantizer.qparams_of(weight).scale if self.of_weight else None
+        if self.of_output is None:
+            return Learned(input_scale, of_weight)
+        # Of the output, the quantizer needs to know its size.
+        like_output = torch.empty(step.linear.output_shape(x, weight), device="meta")
+        (_, place), gradients = learned_grid(like_output, self.of_output)
+        return Learned(input_scale, of_weight, *gradients, place)
 
 
 def _others(layer: QatLayer) -> tuple[nn.Module | None, ...]:
@@ -75,11 +116,11 @@ def plan_of(layer: QatLayer) -> Plan:
     """What serves a layer as it is now."""
     before, last = layer.pre_activation_quantizer, layer.output_quantizer
     if before is None:
-        return Plan(_step_of(layer, last, bounds_of(layer.activation_module)), last)
+        return Plan(_step_of(layer, last, bounds_of(layer.activation_module)), last, None, _learns(layer, last))
     step, clip = _step_of(layer, before, bounds_of(None)), None
     if layer.fast_path and leaves_output(layer.activation_module):
         clip = clip_of(bounds_of(None), last, "cpu", layer.low_memory)
-    return Plan(step, before, clip)
+    return Plan(step, before, clip, _learns(layer, before))
 
 
 def _step_of(
@@ -88,17 +129,28 @@ def _step_of(
     linear, source = layer.convolution(), _source_of(layer)
     if not layer.uses_batch_statistics() or layer.sources is None:
         return None
-    if quantizer is None or linear is None or quantizer.learned:
+    if quantizer is None or linear is None:
         return None
     bn = TrainingBatchNorm(layer.bn, layer.batch_norm_type, None, None, layer.channel_axis)
-    parameters = StraightParameters.of(layer.folding(), layer.bn, source, layer.linear_weight)
-    chain = chain_of(bounds, quantizer)
-    if parameters is None or chain is None or not bn.plain(layer.linear_weight):
+    if not bn.plain(layer.linear_weight):
         return None
-    in_blocks = InBlocks(bn, chain)
+    kind = StraightParameters if _learns(layer, quantizer) is None else LearnedParameters
+    parameters = kind.of(layer.folding(), layer.bn, source, layer.linear_weight)
+    chain = chain_of(bounds, quantizer)
+    in_blocks = None if chain is None else InBlocks(bn, chain)
     rounding = rounding_of(bounds, quantizer, "cpu") if layer.fast_path else None
     follow = in_blocks if rounding is None else fastest(bn, quantizer, rounding, in_blocks, layer.low_memory)
+    if parameters is None or follow is None or (in_blocks is None and not isinstance(follow, ByNative)):
+        return None
     return LayerStep(linear, parameters, follow, _coder(layer, source))
+
+
+def _learns(layer: QatLayer, quantizer: FakeQuantize | None) -> Learns | None:
+    source = _source_of(layer)
+    of_input = source is not None and source.active and source.learned
+    of_output = quantizer if isinstance(quantizer, LearnedFakeQuantize) else None
+    found = Learns(of_input, layer.weight_quantizer.learned, of_output)
+    return found if of_input or found.of_weight or of_output is not None else None
 
 
 def _coder(layer: QatLayer, source: FakeQuantize | None) -> Callable[[Tensor], Coded | None] | None:

@@ -41,6 +41,7 @@ enum Given : int64_t {
     kCodes = 512,
     kBounds = 1024,
     kLearns = 2048,
+    kKeeps = 4096,
 };
 
 double double_of(int64_t bits) {
@@ -95,17 +96,31 @@ float largest_of(const float* weight, int64_t values) {
     return broken ? std::numeric_limits<float>::quiet_NaN() : largest;
 }
 
-// Ŵ/k and e, or without a BatchNorm Ŵ and b̂.
+// A bias on its grid: its place there in steps, and the code, which saturates.
+struct BiasCode {
+    double position, rounded, code;
+    BiasCode(float bias, float scale, int64_t bits)
+        : position(static_cast<double>(bias) / static_cast<double>(scale)), rounded(std::rint(position)) {
+        const double lowest = -std::exp2(static_cast<double>(bits - 1)), highest = -lowest - 1.0;
+        code = rounded != rounded ? 0.0 : std::min(std::max(rounded, lowest), highest);
+    }
+    // ∂b̂/∂s_b, the code held.
+    double slope() const { return code == rounded ? code - position : code; }
+};
+
+// Ŵ/k and e, or without a BatchNorm Ŵ and b̂; from the range of W, or from steps that are learned. What their backward
+// needs, (4, channels) at `kept`: the folded bias, s_w, ∂s_w/∂step, and ∂step/∂(the step that is learned).
 void parameters(const float* weight, const float* bias, const float* gamma, const float* beta, const float* mean,
-                const float* var, const float* input_scale, int64_t given, int64_t channels, int64_t values,
-                int64_t eps, int64_t qmin, int64_t qmax, int64_t bias_bits, int64_t code_limit, float* value,
-                float* step, float* error, bool* silenced) {
+                const float* var, const float* input_scale, const float* learned, int64_t given, int64_t channels,
+                int64_t values, int64_t eps, int64_t qmin, int64_t qmax, int64_t bias_bits, int64_t code_limit,
+                float* value, float* step, float* error, bool* silenced, float* kept) {
     const bool normalized = given & kBatchNorm;
-    const double lowest = -std::exp2(static_cast<double>(bias_bits - 1)), highest = -lowest - 1.0;
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < channels; ++c) {
         const float* row = weight + c * values;
-        const float own = at_least(largest_of(row, values) / static_cast<float>(qmax), kSmallestScale);
+        const float own = given & kLearns
+                              ? learned[c]
+                              : at_least(largest_of(row, values) / static_cast<float>(qmax), kSmallestScale);
         float factor = 1.0f, folded = given & kBias ? bias[c] : 0.0f;
         if (normalized) {
             const float deviation = static_cast<float>(std::sqrt(static_cast<double>(var[c]) + double_of(eps)));
@@ -114,31 +129,44 @@ void parameters(const float* weight, const float* bias, const float* gamma, cons
             folded = given & kBeta ? beta[c] + factor * centred : factor * centred;
         }
         float found = normalized ? at_most(own, kLargestStep) : own;
+        float scale = 0.0f, through = 0.0f, share = found == own ? 1.0f : 0.0f;
         silenced[c] = false;
         if (given & kInputScale) {
             const double room = static_cast<double>(code_limit) * static_cast<double>(*input_scale);
             const double needed = std::fabs(static_cast<double>(folded)) / room;
             float floor = std::nextafter(static_cast<float>(needed), kInfinity) * (needed > 0 ? 1.0f : 0.0f);
             floor = larger(floor, kSmallestBiasScale / *input_scale);
-            float scale;
             if (normalized) {
                 const float size = std::fabs(factor);
                 const bool live = size > 0;
-                found = at_most(larger(own, live ? floor / size : 0.0f), kLargestStep);
-                scale = at_least(live && found < kLargestStep ? size * found : floor, kSmallestScale);
-                const float largest = own * static_cast<float>(qmax);
+                const float needed_step = live ? floor / size : 0.0f, raised_step = larger(own, needed_step);
+                found = at_most(raised_step, kLargestStep);
+                const bool moves = live && found < kLargestStep;
+                scale = moves ? size * found : floor;
+                through = moves && scale >= kSmallestScale ? size : 0.0f;
+                scale = at_least(scale, kSmallestScale);
+                share = found != raised_step || own < needed_step ? 0.0f : own == needed_step ? 0.5f : 1.0f;
                 const bool raised = found > own && own > kSmallestScale;
-                silenced[c] = live && raised && largest > 0 && largest * (1.0f / found) <= 0.5f;
+                if (live && raised) {
+                    const float largest = given & kLearns ? largest_of(row, values) : own * static_cast<float>(qmax);
+                    silenced[c] = largest > 0 && largest * (1.0f / found) <= 0.5f;
+                }
             } else {
                 scale = found = larger(own, floor);
+                through = 1.0f;
+                share = own < floor ? 0.0f : own == floor ? 0.5f : 1.0f;
             }
-            scale = *input_scale * scale;
-            double code = std::rint(static_cast<double>(folded) / static_cast<double>(scale));
-            code = code != code ? 0.0 : std::min(std::max(code, lowest), highest);
-            const float rounded = static_cast<float>(code + 0.0) * scale;
+            const float bias_scale = *input_scale * scale;
+            const float rounded = static_cast<float>(BiasCode(folded, bias_scale, bias_bits).code + 0.0) * bias_scale;
             error[c] = normalized ? rounded - folded : rounded;
         }
         step[c] = found;
+        if (given & kKeeps) {
+            kept[c] = folded;
+            kept[channels + c] = scale;
+            kept[2 * channels + c] = through;
+            kept[3 * channels + c] = share;
+        }
         round_row(row, values, found, static_cast<float>(qmin), static_cast<float>(qmax), value + c * values);
     }
 }
@@ -605,23 +633,40 @@ void backward(const float* grad, const float* y, const float* kept, int64_t give
        grad_grid);
 }
 
-// Gradients to W and to the steps that it is rounded to, a row each, given that to the rounded weight.
-void backward_of_weight(const float* grad, const float* weight, const float* step, int64_t channels, int64_t values,
-                        int64_t qmin, int64_t qmax, float* grad_weight, float* grad_step) {
+// Of what `parameters` found: with kLearns, gradients to W, which may take the place of that to the rounded weight, and
+// to its steps; with kError, what the bias error hands to `s_in`, and to steps that are learned.
+void backward_of_weight(const float* grad, const float* weight, const float* step, const float* grad_error,
+                        const float* kept, const float* input_scale, int64_t given, int64_t channels, int64_t values,
+                        int64_t qmin, int64_t qmax, int64_t bias_bits, float* grad_weight, float* grad_step,
+                        float* grad_input_scale) {
     const float least = static_cast<float>(qmin), most = static_cast<float>(qmax);
+    std::vector<float> to_input(given & kError ? channels : 0);
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < channels; ++c) {
-        const float *row = weight + c * values, *given = grad + c * values;
-        float *target = grad_weight + c * values, inverse = 1.0f / step[c], sum = 0.0f;
+        float sum = 0.0f;
+        if (given & kLearns) {
+            const float *row = weight + c * values, *gradient = grad + c * values, inverse = 1.0f / step[c];
+            float* target = grad_weight + c * values;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < values; ++i) {
-            const float position = row[i] * inverse, steps = std::rint(position);
-            const bool inside = (steps >= least) & (steps <= most);
-            target[i] = inside ? given[i] : 0.0f;
-            sum += given[i] * (inside ? steps - position : at_most(at_least(steps, least), most));
+            for (int64_t i = 0; i < values; ++i) {
+                const float value = gradient[i], position = row[i] * inverse, steps = std::rint(position);
+                const bool inside = (steps >= least) & (steps <= most);
+                sum += value * (inside ? steps - position : at_most(at_least(steps, least), most));
+                target[i] = inside ? value : 0.0f;
+            }
         }
-        grad_step[c] = sum;
+        if (given & kError) {
+            const float scale = kept[channels + c];
+            const double slope = BiasCode(kept[c], *input_scale * scale, bias_bits).slope();
+            const float to_bias_scale = static_cast<float>(slope * static_cast<double>(grad_error[c]));
+            to_input[c] = to_bias_scale * scale;
+            sum += to_bias_scale * *input_scale * kept[2 * channels + c];
+        }
+        if (given & kLearns) grad_step[c] = given & kKeeps ? sum * kept[3 * channels + c] : sum;
     }
+    double total = 0.0;
+    for (const float one : to_input) total += one;
+    if (given & kError) *grad_input_scale = static_cast<float>(total);
 }
 
 // An activation and the quantizer behind it where a tensor lies: the values, 1 in `mask` where gradients pass and else

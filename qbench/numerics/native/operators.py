@@ -69,7 +69,7 @@ def _layer_parameters(
     weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *tensors, eps, qmin, qmax, bias_bits, code_limit = rest
-    given = [None if one is None else one.contiguous() for one in (bias, *tensors)]
+    given: list[Any] = [None if one is None else one.contiguous() for one in (bias, *tensors)]
     rule = _parameters(qmin, qmax, bias_bits, code_limit, eps)
     found = rule(weight, *given) or rule(weight.contiguous(), *given)
     assert found is not None

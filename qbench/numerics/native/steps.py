@@ -33,9 +33,8 @@ from qbench.numerics.qparams import QSpec
 from qbench.numerics.saved_codes import Coded, fits_a_byte, lowering
 
 # Which of the things that may be missing are there: `Given` in layer.cpp.
-_BIAS, _GAMMA, _BETA, _INPUT_SCALE, _BATCH_NORM, _ERROR, _SILENCED, _BATCHES, _OBSERVES, _CODES, _BOUNDS, _LEARNS = (
-    1 << bit for bit in range(12)
-)
+_BIAS, _GAMMA, _BETA, _INPUT_SCALE, _BATCH_NORM, _ERROR, _SILENCED = (1 << bit for bit in range(7))
+_BATCHES, _OBSERVES, _CODES, _BOUNDS, _LEARNS, _KEEPS = (1 << bit for bit in range(7, 13))
 
 
 class Found(NamedTuple):
@@ -46,17 +45,21 @@ class Found(NamedTuple):
         step: Its scale, (out,).
         error: `e`, (out,), or `b̂` without a BatchNorm; None where the bias stays float.
         silenced: Bool (out,): channels whose weights are all 0 because of the bias.
+        kept: What `Parameters.backward` needs, where that was asked for.
     """
 
     value: Tensor
     step: Tensor
     error: Tensor | None
     silenced: Tensor
+    kept: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """The parameters of a layer whose weight has a symmetric range a channel, its own, and whose bias follows from it.
+    """The parameters of a layer whose weight has a symmetric range a channel, and whose bias follows from it.
+
+    The range is that of the weight, or one that is learned.
 
     Attributes:
         qmin: Lowest code of the weight.
@@ -83,6 +86,8 @@ class Parameters:
         var: Tensor | None,
         input_scale: Tensor | None,
         room: Tensor | None = None,
+        learned: Tensor | None = None,
+        keeps: bool = False,
     ) -> Found | None:
         """As `qbench.nn.qat.parameters.training_parameters`; None where a tensor is not as C++ expects it.
 
@@ -95,12 +100,14 @@ class Parameters:
             var: `σ²_r`, (out,), with a BatchNorm.
             input_scale: `s_in`, (), or None.
             room: Where to put the value, like `W`; None for memory of its own.
+            learned: The steps of the weight's range, (out,), where they are learned; else None.
+            keeps: Whether to keep what `backward` needs.
         """
         channels = len(weight)
-        if not (_all_usable(channels, bias, gamma, beta, mean, var) and _in_one_piece(weight)):
+        if not self.serves(weight, bias, gamma, beta, mean, var, learned):
             return None
         given = (bias is not None) * _BIAS + (gamma is not None) * _GAMMA + (beta is not None) * _BETA
-        given += (self.eps is not None) * _BATCH_NORM
+        given += (self.eps is not None) * _BATCH_NORM + (learned is not None) * _LEARNS + keeps * _KEEPS
         rounds = self.code_limit > 0 and input_scale is not None
         if rounds:
             if not _usable(input_scale, 1):
@@ -109,11 +116,50 @@ class Parameters:
         value = torch.empty_like(weight) if room is None else room
         step, error = weight.new_empty(channels), weight.new_empty(channels)
         silenced = weight.new_empty(channels, dtype=torch.bool)
-        tensors = (weight if one is None else one for one in (bias, gamma, beta, mean, var, input_scale))
+        kept = weight.new_empty(4 * channels) if keeps else None
+        tensors = (weight if one is None else one for one in (bias, gamma, beta, mean, var, input_scale, learned))
         sizes = given, channels, weight.numel() // channels, _bits(self.eps or 0.0)
         rule = self.qmin, self.qmax, self.bias_bits, self.code_limit
-        self.functions.parameters(weight, *tensors, *sizes, *rule, value, step, error, silenced)
-        return Found(value, step, error if rounds else None, silenced)
+        to = value, step, error, silenced, step if kept is None else kept
+        self.functions.parameters(weight, *tensors, *sizes, *rule, *to)
+        return Found(value, step, error if rounds else None, silenced, kept)
+
+    def backward(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        step: Tensor,
+        grad_error: Tensor | None,
+        kept: Tensor,
+        input_scale: Tensor | None,
+        learns: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients to W, to the steps of its range where they are learned, and to `s_in` where e has one.
+
+        Args:
+            grad: That to the value, like `W`; written to.
+            weight: `W`.
+            step: As found.
+            grad_error: That to e, (out,), or None.
+            kept: As found.
+            input_scale: `s_in`, (), where there is an e.
+            learns: Whether the steps are learned.
+        """
+        if learns and grad.stride() != weight.stride():
+            grad = torch.empty_like(weight).copy_(grad)
+        channels, given = len(weight), learns * _LEARNS + (grad_error is not None) * _ERROR + _KEEPS
+        grad_step = torch.empty_like(step) if learns else step
+        grad_input = weight.new_empty(())
+        tensors = grad, weight, step, kept if grad_error is None else grad_error, kept
+        sizes = given, channels, weight.numel() // channels, self.qmin, self.qmax, self.bias_bits
+        scale = kept if input_scale is None else input_scale
+        self.functions.backward_of_weight(*tensors, scale, *sizes, grad, grad_step, grad_input)
+        return grad, grad_step if learns else None, None if grad_error is None else grad_input
+
+    @staticmethod
+    def serves(weight: Tensor, *others: Tensor | None) -> bool:
+        """Whether `W` and others, (out,), are as C++ expects them."""
+        return _in_one_piece(weight) and _all_usable(len(weight), *others)
 
     def again(self, weight: Tensor, step: Tensor, value: Tensor) -> bool:
         """Round to the value once more; answers whether that was done.
@@ -259,8 +305,9 @@ class _RoundWeight(torch.autograd.Function):
         weight, step = ctx.saved_tensors
         grad = grads[0] if grads[0].stride() == weight.stride() else torch.empty_like(weight).copy_(grads[0])
         channels, grad_weight, grad_step = len(weight), torch.empty_like(weight), torch.empty_like(step)
-        sizes = channels, weight.numel() // channels, *ctx.codes
-        ctx.functions.backward_of_weight(grad, weight, step, *sizes, grad_weight, grad_step)
+        sizes = _LEARNS, channels, weight.numel() // channels, *ctx.codes, 0
+        none = step, step, step
+        ctx.functions.backward_of_weight(grad, weight, step, *none, *sizes, grad_weight, grad_step, grad_step)
         return grad_weight, grad_step, None, None
 
 
