@@ -21,6 +21,7 @@ gradient between them.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from typing import Any, NamedTuple
@@ -69,19 +70,28 @@ class LSQ(LearnedFakeQuantize):
         own = kind.scale_of, kind.gradient_scale, kind.value
         if own != (LSQ.scale_of, LSQ.gradient_scale, LSQ.value) or not (at_hand(self.change) and at_hand(self.start)):
             return super().scale_in_use()
-        if self.change.ndim:
-            return _Scale.apply(self.change, self.start, self.gradient_scale(), weakref.ref(self))
-        change, numbers = self.change, (self.start.item(), self.start_zero_point.item(), self.sharing.item())
-        now = *numbers, change.item(), change.requires_grad, torch.is_grad_enabled()
+        change, spec, sharing = self.change, self.spec, self.sharing.item()
+        if change.ndim:
+            per_channel = self.gradient_scale() if not (spec.symmetric and spec.signed) else _factor(sharing, spec.qmax)
+            return _Scale.apply(change, self.start, per_channel, weakref.ref(self))
+        zero_point = self.start_zero_point.item()
+        now = self.start.item(), change.item(), zero_point, sharing, change.requires_grad, torch.is_grad_enabled()
         known = _SHARED.get(self)
         if known is None or known.now != now or known.change() is not change:
-            scale = _Scale.apply(change, self.start, self.gradient_scale(), weakref.ref(self))
+            factor = _factor(sharing, spec.qmax - int(zero_point))
+            scale = _Scale.apply(change, self.start, factor, weakref.ref(self))
             known = _SHARED[self] = _Shared(now, weakref.ref(change), scale)
         return known.scale
 
     def gradient_scale(self) -> Tensor:
         """`g`, shape of the scale."""
         return torch.rsqrt(self.sharing * (self.spec.qmax - self.start_zero_point).clamp(min=1))
+
+
+@functools.lru_cache(maxsize=4096)
+def _factor(sharing: float, positive_codes: int) -> Tensor:
+    """`g`, (), float32 on a CPU."""
+    return torch.rsqrt(torch.tensor(sharing) * max(1, positive_codes))
 
 
 class _Scale(torch.autograd.Function):

@@ -340,7 +340,7 @@ def _on_cpu(rounding: tuple[Any, ...]) -> bool:
 def _native_backward(
     grad: Tensor, y: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], *, steps: Following
 ) -> tuple[Tensor | None, ...]:
-    grad_y, grad_gamma, grad_beta, *to_grid = steps.backward(grad, y, saved[0])
+    grad_y, grad_gamma, grad_beta, *to_grid = steps.backward(grad, y, saved[0], wanted[5])
     # The gradient to e, which is added to β, is that to β.
     others = grad_gamma, grad_beta, grad_beta, *(to_grid or (None, None))
     return grad_y, *(value if asked else None for value, asked in zip(others, wanted[1:], strict=True))

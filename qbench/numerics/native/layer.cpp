@@ -42,6 +42,7 @@ enum Given : int64_t {
     kBounds = 1024,
     kLearns = 2048,
     kKeeps = 4096,
+    kZero = 8192,
 };
 
 double double_of(int64_t bits) {
@@ -467,19 +468,14 @@ struct Learning {
         first = kGradient == kByBounds ? least * more[2] : least;
         end = kGradient == kByBounds ? most * more[2] : most;
     }
-    float clipped(float v) const { return at_most(at_least(v, low), high); }
-    bool inside(float a, float steps) const {
-        const float looked_at = kGradient == kByBounds ? a : steps;
-        return (looked_at >= first) & (looked_at <= end);
-    }
-    float to_scale(float grad, float v) const {
-        const float a = clipped(v), position = a * inverse, steps = std::rint(position);
-        const float within = kGradient == kByBounds ? 0.0f : steps - position;
-        return grad * (inside(a, steps) ? within : at_most(at_least(steps, least), most));
-    }
-    float to_zero(float grad, float v) const {
-        const float a = clipped(v);
-        return inside(a, std::rint(a * inverse)) ? 0.0f : grad;
+    // What a value hands to `s`, and whether it hands something to `z`.
+    float to_scale(float grad, float v, bool* outside) const {
+        const float a = at_most(at_least(v, low), high), position = a * inverse, steps = std::rint(position);
+        const float code = at_most(at_least(steps, least), most);
+        const bool cut = kGradient == kByBounds ? !((a >= first) & (a <= end)) : code != steps;
+        *outside = cut;
+        if (kGradient == kByBounds) return grad * (cut ? code : 0.0f);
+        return grad * (code - (cut ? 0.0f : position));
     }
 };
 
@@ -488,7 +484,7 @@ struct Passed {
     double total = 0.0, products = 0.0, to_scale = 0.0, to_zero = 0.0;
 };
 
-template <Gradient kGradient>
+template <Gradient kGradient, bool kWithZero>
 void backward_of_rows(const float* grad, const float* y, const float* kept, int64_t outer, int64_t channels,
                       int64_t inner, const Learning<kGradient> learning, float* grad_y, float* grad_gamma, float* grad_beta,
                       std::vector<Passed>& sums) {
@@ -506,8 +502,9 @@ void backward_of_rows(const float* grad, const float* y, const float* kept, int6
                 sum += value;
                 product += value * (row[i] - mean);
                 if (kGradient != kNone) {
-                    to_scale += learning.to_scale(given[i], v);
-                    to_zero += learning.to_zero(given[i], v);
+                    bool outside;
+                    to_scale += learning.to_scale(given[i], v, &outside);
+                    if (kWithZero) to_zero += outside ? given[i] : 0.0f;
                 }
             }
             found.total += sum;
@@ -531,7 +528,7 @@ void backward_of_rows(const float* grad, const float* y, const float* kept, int6
     }
 }
 
-template <Gradient kGradient>
+template <Gradient kGradient, bool kWithZero>
 void backward_of_columns(const float* grad, const float* y, const float* kept, int64_t rows, int64_t channels,
                          const Learning<kGradient> learning, float* grad_y, float* grad_gamma, float* grad_beta,
                          std::vector<Passed>& sums) {
@@ -558,8 +555,9 @@ void backward_of_columns(const float* grad, const float* y, const float* kept, i
                     sum[c] += value;
                     product[c] += value * (row[c] - mean[c]);
                     if (kGradient != kNone) {
-                        to_scale[c] += by_value.to_scale(given[c], v);
-                        to_zero[c] += by_value.to_zero(given[c], v);
+                        bool outside;
+                        to_scale[c] += by_value.to_scale(given[c], v, &outside);
+                        if (kWithZero) to_zero[c] += outside ? given[c] : 0.0f;
                     }
                 }
             }
@@ -601,7 +599,7 @@ void backward_of_columns(const float* grad, const float* y, const float* kept, i
     }
 }
 
-template <Gradient kGradient>
+template <Gradient kGradient, bool kWithZero>
 void backward_by(const float* grad, const float* y, const float* kept, int64_t outer, int64_t channels, int64_t inner,
                  bool last, float low, float high, int64_t qmin, int64_t qmax, int64_t lowered, float* grad_y,
                  float* grad_gamma, float* grad_beta, float* grad_grid) {
@@ -609,9 +607,9 @@ void backward_by(const float* grad, const float* y, const float* kept, int64_t o
     const Learning<kGradient> learning(more, low, high, qmin, qmax, lowered);
     std::vector<Passed> sums(channels);
     if (last)
-        backward_of_columns(grad, y, kept, outer * inner, channels, learning, grad_y, grad_gamma, grad_beta, sums);
+        backward_of_columns<kGradient, kWithZero>(grad, y, kept, outer * inner, channels, learning, grad_y, grad_gamma, grad_beta, sums);
     else
-        backward_of_rows(grad, y, kept, outer, channels, inner, learning, grad_y, grad_gamma, grad_beta, sums);
+        backward_of_rows<kGradient, kWithZero>(grad, y, kept, outer, channels, inner, learning, grad_y, grad_gamma, grad_beta, sums);
     if (kGradient == kNone) return;
     double to_scale = 0.0, to_zero = 0.0;
     for (const Passed& one : sums) {
@@ -622,13 +620,15 @@ void backward_by(const float* grad, const float* y, const float* kept, int64_t o
     grad_grid[1] = -more[2] * static_cast<float>(to_zero);
 }
 
-// Gradients to y, γ and β, given that of the output; where the grid learns also those to `s` and `z`, at `grad_grid`.
+// Gradients to y, γ and β, given that of the output; where the grid learns also that to `s`, and with kZero that to
+// `z`, at `grad_grid`.
 void backward(const float* grad, const float* y, const float* kept, int64_t given, int64_t outer, int64_t channels,
               int64_t inner, int64_t last, float low, float high, int64_t qmin, int64_t qmax, int64_t lowered,
               float* grad_y, float* grad_gamma, float* grad_beta, float* grad_grid) {
-    const auto by = !(given & kLearns) ? backward_by<kNone>
-                    : given & kBounds  ? backward_by<kByBounds>
-                                       : backward_by<kResidual>;
+    const bool bounds = given & kBounds, zero = given & kZero;
+    const auto by = !(given & kLearns) ? backward_by<kNone, false>
+                    : bounds           ? (zero ? backward_by<kByBounds, true> : backward_by<kByBounds, false>)
+                                       : (zero ? backward_by<kResidual, true> : backward_by<kResidual, false>);
     by(grad, y, kept, outer, channels, inner, last, low, high, qmin, qmax, lowered, grad_y, grad_gamma, grad_beta,
        grad_grid);
 }

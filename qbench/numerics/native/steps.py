@@ -34,7 +34,7 @@ from qbench.numerics.saved_codes import Coded, fits_a_byte, lowering
 
 # Which of the things that may be missing are there: `Given` in layer.cpp.
 _BIAS, _GAMMA, _BETA, _INPUT_SCALE, _BATCH_NORM, _ERROR, _SILENCED = (1 << bit for bit in range(7))
-_BATCHES, _OBSERVES, _CODES, _BOUNDS, _LEARNS, _KEEPS = (1 << bit for bit in range(7, 13))
+_BATCHES, _OBSERVES, _CODES, _BOUNDS, _LEARNS, _KEEPS, _ZERO = (1 << bit for bit in range(7, 14))
 
 
 class Found(NamedTuple):
@@ -256,13 +256,14 @@ class Following:
             torch.autograd.graph.increment_version((to.scale, to.zero_point))
         return out, kept, Coded(codes, kept[-2], kept[-1]) if with_codes else None
 
-    def backward(self, grad: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, grad: Tensor, y: Tensor, kept: Tensor, to_zero: bool = True) -> tuple[Tensor, ...]:
         """Gradients to y, γ and β, and to `s` and `z` where they learn.
 
         Args:
             grad: That to the output.
             y: As in `forward`.
             kept: What that answered with.
+            to_zero: Whether that to `z` is asked for; otherwise it is anything.
         """
         if grad.stride() != y.stride() or grad.dtype is not torch.float32:
             grad = torch.empty_like(y).copy_(grad)
@@ -270,7 +271,7 @@ class Following:
         assert sizes is not None
         grads = torch.empty_like(y), y.new_empty(sizes[1]), y.new_empty(sizes[1])
         to_grid = y.new_empty(2) if self._learns else grads[1]
-        self._functions.backward(grad, y, kept, self._given, *sizes, *self._grid, *grads, to_grid)
+        self._functions.backward(grad, y, kept, self._given + to_zero * _ZERO, *sizes, *self._grid, *grads, to_grid)
         return (*grads, *to_grid.unbind()) if self._learns else grads
 
 
