@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -164,22 +164,34 @@ class _GeneratedClip(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0], None, None, None, None
 
 
+class RoundingCode(Protocol):
+    """`round_all` and `round_backward`, of one `Rounding`, in any language."""
+
+    def forward(self, out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, /) -> Any:
+        """See `round_all`."""
+        ...
+
+    def backward(self, result: Tensor, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, /) -> Any:
+        """See `round_backward`."""
+        ...
+
+
 def round_learned(
-    v: Tensor, grid: tuple[Tensor, Tensor], learned: tuple[Tensor | None, Tensor | None], code: BothWays
+    v: Tensor, grid: tuple[Tensor, Tensor], learned: tuple[Tensor | None, Tensor | None], code: RoundingCode
 ) -> Tensor:
-    """A clamp and a quantizer whose grid is learned, by generated code.
+    """A clamp and a quantizer whose grid is learned, in one pass each way.
 
     Args:
         v: float32, (rows, …), without gaps in memory; nobody writes to it any more.
         grid: `s`, float32, and `z`, int32, (), or where the spec has an axis (rows, 1) for `v` of (rows, values).
         learned: `s` and `z` with their gradient, of the shape of the grid; None where there is none.
-        code: Of `learned_code`.
+        code: Of `learned_code`, or of `native.steps.learned_rounding`.
     """
-    out: Tensor = _GeneratedLearned.apply(v, *learned, grid, code)
+    out: Tensor = _RoundLearned.apply(v, *learned, grid, code)
     return out
 
 
-class _GeneratedLearned(torch.autograd.Function):
+class _RoundLearned(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -187,7 +199,7 @@ class _GeneratedLearned(torch.autograd.Function):
         scale: Tensor | None,
         zero_point: Tensor | None,
         grid: tuple[Tensor, Tensor],
-        code: BothWays,
+        code: RoundingCode,
     ) -> Tensor:
         out = torch.empty_like(v)
         code.forward(in_rows(out), in_rows(v), *grid)

@@ -28,7 +28,7 @@ from qbench.nn.qat.layer import QatLayer
 
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """No C++, so that generated code serves what it would."""
-    for steps in ("following", "clipping"):
+    for steps in ("following", "clipping", "learned_rounding"):
         monkeypatch.setattr(f"qbench.nn.qat.epilogue.{steps}", lambda *_: None)
     monkeypatch.setattr("qbench.nn.qat.fast_parameters.native_parameters", lambda *_: None)
     monkeypatch.setattr("qbench.nn.qat.parameters.weight_rounding", lambda *_: None)

@@ -31,10 +31,10 @@ from qbench.numerics import fused
 from qbench.numerics.blocks import at_hand, channels_are_last, dense
 from qbench.numerics.generated import DEVICES, Generated, standing_for
 from qbench.numerics.generated_epilogue import Code, Moved, generated_code, normalize_clip_quantize
-from qbench.numerics.generated_rounding import clip_code, clip_quantize, learned_code, round_learned
+from qbench.numerics.generated_rounding import RoundingCode, clip_code, clip_quantize, learned_code, round_learned
 from qbench.numerics.interval import is_served
 from qbench.numerics.layer_step import Follow, normalized
-from qbench.numerics.native.steps import Clipping, Following, Remembered, clipping, following
+from qbench.numerics.native.steps import Clipping, Following, Remembered, clipping, following, learned_rounding
 from qbench.observers import Observer
 
 Step = Callable[[Tensor], Tensor]
@@ -112,11 +112,17 @@ def generated_epilogue(
             out = learned.regularized(_normalized(y, bn, functools.partial(follow, grid=grid), *gradients))
         return note_producer(out, quantizer), follow.path
     assert learned is not None
-    code = learned_code(*rounding)
-    if not dense(y).is_contiguous() or not code.ready():
+    if not dense(y).is_contiguous():
         return None
+    code: RoundingCode | None = learned_rounding(*rounding) if _on_cpu(rounding) else None
+    path = "generated" if code is None else "native"
+    if code is None:
+        generated = learned_code(*rounding)
+        if not generated.ready():
+            return None
+        code = generated
     out = learned.regularized(round_learned(y, *learned_grid(y, learned), code))
-    return note_producer(out, quantizer), "generated"
+    return note_producer(out, quantizer), path
 
 
 def learned_grid(

@@ -460,13 +460,11 @@ enum Gradient { kNone, kResidual, kByBounds };
 template <Gradient kGradient>
 struct Learning {
     float low, high, inverse, least, most, first, end;
-    Learning(const float* more, float from, float to, int64_t qmin, int64_t qmax, int64_t lowered)
-        : low(from), high(to), inverse(1.0f / more[2]) {
-        const float zero = more[3] + static_cast<float>(lowered);
-        least = static_cast<float>(qmin) - zero;
-        most = static_cast<float>(qmax) - zero;
-        first = kGradient == kByBounds ? least * more[2] : least;
-        end = kGradient == kByBounds ? most * more[2] : most;
+    Learning(float scale, float zero, float from, float to, int64_t qmin, int64_t qmax)
+        : low(from), high(to), inverse(1.0f / scale), least(static_cast<float>(qmin) - zero),
+          most(static_cast<float>(qmax) - zero) {
+        first = kGradient == kByBounds ? least * scale : least;
+        end = kGradient == kByBounds ? most * scale : most;
     }
     // What a value hands to `s`, and whether it hands something to `z`.
     float to_scale(float grad, float v, bool* outside) const {
@@ -604,7 +602,7 @@ void backward_by(const float* grad, const float* y, const float* kept, int64_t o
                  bool last, float low, float high, int64_t qmin, int64_t qmax, int64_t lowered, float* grad_y,
                  float* grad_gamma, float* grad_beta, float* grad_grid) {
     const float* more = kept + 4 * channels;
-    const Learning<kGradient> learning(more, low, high, qmin, qmax, lowered);
+    const Learning<kGradient> learning(more[2], more[3] + static_cast<float>(lowered), low, high, qmin, qmax);
     std::vector<Passed> sums(channels);
     if (last)
         backward_of_columns<kGradient, kWithZero>(grad, y, kept, outer * inner, channels, learning, grad_y, grad_gamma, grad_beta, sums);
@@ -708,6 +706,56 @@ void clip(float* v, float* min_val, float* max_val, float* scale, int32_t* zero_
             v[i] = grid.steps(value) * grid.scale;
         }
     }
+}
+
+// An activation and a quantizer whose grid is learned.
+void rounded(const float* v, const float* scale, const int32_t* zero_point, int64_t values, float low, float high,
+             int64_t qmin, int64_t qmax, float* out) {
+    const Placed placed(*scale, *zero_point, low, high, qmin, qmax, 0, false);
+#pragma omp parallel
+    {
+        const Grid grid = placed.grid;  // in registers, where a reference would be read for each value
+        const Share share(values);
+#pragma omp simd
+        for (int64_t i = share.first; i < share.end; ++i) out[i] = grid.steps(v[i]) * grid.scale;
+    }
+}
+
+template <Gradient kGradient>
+void backward_of_rounded_by(const float* grad, const float* v, const Placed& placed, float zero, int64_t values,
+                            float low, float high, int64_t qmin, int64_t qmax, float* grad_v, float* grad_grid) {
+    std::vector<Passed> parts(omp_get_max_threads());
+#pragma omp parallel
+    {
+        const Learning<kGradient> learning(placed.grid.scale, zero, low, high, qmin, qmax);
+        const float above = placed.above, below = placed.below;
+        const Share share(values);
+        double to_scale = 0.0, to_zero = 0.0;
+#pragma omp simd reduction(+ : to_scale, to_zero)
+        for (int64_t i = share.first; i < share.end; ++i) {
+            bool outside;
+            to_scale += static_cast<double>(learning.to_scale(grad[i], v[i], &outside));
+            to_zero += static_cast<double>(outside ? grad[i] : 0.0f);
+            grad_v[i] = passed(grad[i], v[i], above, below);
+        }
+        parts[omp_get_thread_num()] = {0.0, 0.0, to_scale, to_zero};
+    }
+    double to_scale = 0.0, to_zero = 0.0;
+    for (const Passed& part : parts) {  // in this order, so that it is the same in each run
+        to_scale += part.to_scale;
+        to_zero += part.to_zero;
+    }
+    grad_grid[0] = static_cast<float>(to_scale);
+    grad_grid[1] = -placed.grid.scale * static_cast<float>(to_zero);
+}
+
+// Gradients to v, and to `s` and `z` at `grad_grid`.
+void backward_of_rounded(const float* grad, const float* v, const float* scale, const int32_t* zero_point,
+                         int64_t given, int64_t values, float low, float high, int64_t qmin, int64_t qmax,
+                         float* grad_v, float* grad_grid) {
+    const Placed placed(*scale, *zero_point, low, high, qmin, qmax, 0, given & kBounds);
+    (given & kBounds ? backward_of_rounded_by<kByBounds> : backward_of_rounded_by<kResidual>)(
+        grad, v, placed, static_cast<float>(*zero_point), values, low, high, qmin, qmax, grad_v, grad_grid);
 }
 
 // g where a mask is 1, 0 where it is 0.

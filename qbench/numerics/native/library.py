@@ -32,6 +32,8 @@ class Library(NamedTuple):
     backward_of_weight: Function
     clip: Function
     masked: Function
+    rounded: Function
+    backward_of_rounded: Function
     decode: Function
 
 

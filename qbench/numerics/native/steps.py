@@ -425,6 +425,56 @@ def clipping(*rounding: Any) -> Clipping | None:
     return trusted(found, _clips_alike(found, plan))
 
 
+class LearnedRounding:
+    """An activation that clamps and a quantizer per tensor whose grid is learned: a `BothWays` of `round_learned`.
+
+    Args:
+        rounding: Both.
+        functions: Of `layer.cpp`.
+    """
+
+    def __init__(self, rounding: Rounding, functions: Library) -> None:
+        spec = rounding.spec
+        self._functions, self._given = functions, (rounding.gradient == "bounds") * _BOUNDS
+        self._rule = rounding.low, rounding.high, spec.qmin, spec.qmax
+
+    def forward(self, out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """`out` becomes `v` on the grid; all tensors are in the order of memory, as `round_learned` hands them over."""
+        self._functions.rounded(v, scale, zero_point, v.numel(), *self._rule, out)
+
+    def backward(
+        self, result: Tensor, grad: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients to `s` and `z`; `result` becomes that to `v`."""
+        found = v.new_empty(2)
+        self._functions.backward_of_rounded(
+            grad, v, scale, zero_point, self._given, v.numel(), *self._rule, result, found
+        )
+        return found[0], found[1]
+
+
+@functools.lru_cache(maxsize=256)
+def learned_rounding(*rounding: Any) -> LearnedRounding | None:
+    """The code of `round_learned` by C++; None where there is none, or none with the same bits.
+
+    Args:
+        rounding: What `Rounding` is made of: on a CPU, a grid per tensor that learns.
+    """
+    plan, functions = Rounding(*rounding), library()
+    if functions is None or plan.spec.axis is not None:
+        return None
+    found = LearnedRounding(plan, functions)
+    out, grad, v, scale, zero_point = round_backward_sample(plan)
+    wanted, result, wanted_result = torch.empty_like(out), torch.empty_like(v), torch.empty_like(v)
+    with torch.no_grad():
+        found.forward(out, v, scale, zero_point)
+        round_by_operators(wanted, v, scale, zero_point, plan)
+        ours = found.backward(result, grad, v, scale, zero_point)
+        theirs = round_backward(wanted_result, grad, v, scale, zero_point, plan)
+    pairs = zip((out, result, *ours), (wanted, wanted_result, *theirs), strict=True)
+    return trusted(found, all(same_bits(a, b) for a, b in pairs))
+
+
 @functools.lru_cache(maxsize=256)
 def following(momentum: float, eps: float, *rounding: Any) -> Following | None:
     """The steps of a layer by C++; None where there are none, or none with the same bits.
