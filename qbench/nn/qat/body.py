@@ -26,6 +26,7 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.producers import producer_of
 from qbench.nn.frozen import known_types
 from qbench.nn.ops import spread
+from qbench.nn.qat.compiled_step import Grid, clip_rule_of, compiled_clip
 from qbench.nn.qat.epilogue import ClipByCode, ClipByNative, clip_of, epilogue, fused_epilogue, generated_epilogue
 from qbench.nn.qat.prepared import prepared
 from qbench.numerics.blocks import at_hand
@@ -288,13 +289,29 @@ class QatOp(QatModule):
             y: What no backward needs.
             bounds: Of the clamp.
         """
-        if self.fast_path and self.training and not torch.compiler.is_compiling() and at_hand(y, DEVICES):
+        if torch.compiler.is_compiling():
+            return compiled_clip(self, y, bounds)
+        if self.fast_path and self.training and at_hand(y, DEVICES):
             clip = prepared(self, functools.partial(_clip_of, bounds=bounds, device=y.device.type), _quantizing)
             found = None if clip is None else clip(y)
             if clip is not None and found is not None:
                 self.note_path(clip.path)
                 return found
         return self.one_function(y, None, bounds, self.output_quantizer)
+
+    def clip_rule(self, low: float, high: float, *switches: bool) -> Grid | None:
+        """What C++ needs to know of the quantizer to serve it in a model that is compiled; None where it does not.
+
+        Answered while a model is traced, like `QatLayer.serving_rule`.
+
+        Args:
+            low: Lower bound of the clamp before it.
+            high: Upper bound.
+            switches: What else the answer hangs on: compiled code is guarded by them.
+        """
+        return clip_rule_of(self, (low, high))
+
+    clip_rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _clip_of(op: QatOp, bounds: tuple[float, float], device: str) -> ClipByNative | ClipByCode | None:

@@ -1,4 +1,4 @@
-"""The training step of a layer in a model that is compiled whole: operators in C++ in place of what would be traced.
+"""Training steps in a model that is compiled whole: operators in C++ in place of what would be traced.
 
 Whether they serve a layer is asked of the layer itself, once, while the model is traced (`QatLayer.serving_rule`); what
 may change later is read in the traced code, so that the compiled code is guarded by it.
@@ -13,13 +13,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qbench.nn.qat.epilogue import ByNative, bounds_of
+from qbench.fake_quantize import FakeQuantize
+from qbench.nn.qat.epilogue import ByNative, ClipByNative, bounds_of, clip_of
 from qbench.nn.qat.fast_parameters import StraightParameters
 from qbench.nn.qat.step import Plan, plan_of
 from qbench.numerics.native import operators
 
 if TYPE_CHECKING:
+    from qbench.nn.qat.body import QatOp
     from qbench.nn.qat.layer import QatLayer
+
+
+class Grid(NamedTuple):
+    """What stays of a quantizer that is served.
+
+    Attributes:
+        bits: Of its codes.
+        signed: Whether they are.
+        symmetric: Whether its grid is.
+        averages: Whether its observer averages ranges; else it keeps the hull of all.
+    """
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    averages: bool
 
 
 class Rule(NamedTuple):
@@ -29,10 +47,7 @@ class Rule(NamedTuple):
         before: Whether the quantizer that is part of it is the one before the activation.
         low: Lower bound of the activation that is part of it.
         high: Upper bound.
-        bits: Of the quantizer's codes.
-        signed: Whether they are.
-        symmetric: Whether its grid is.
-        averages: Whether its observer averages ranges; else it keeps the hull of all.
+        grid: Of the quantizer.
         weight_grid: Lowest and highest code of the weight.
         bias: Width and largest code of the bias; 0 and 0 where it stays float.
     """
@@ -40,10 +55,7 @@ class Rule(NamedTuple):
     before: bool
     low: float
     high: float
-    bits: int
-    signed: bool
-    symmetric: bool
-    averages: bool
+    grid: Grid
     weight_grid: tuple[int, int]
     bias: tuple[int, int]
 
@@ -60,10 +72,22 @@ def rule_of(layer: QatLayer) -> Rule | None:
     before = quantizer is not layer.output_quantizer
     bounds = bounds_of(None if before else layer.activation_module)
     assert bounds is not None
-    spec, functions = quantizer.spec, step.parameters.functions
-    averages = quantizer.observer.weight_of_newest != -1.0
-    grid, bias = (functions.qmin, functions.qmax), (functions.bias_bits, functions.code_limit)
-    return Rule(before, *bounds, spec.bits, spec.signed, spec.symmetric, averages, grid, bias)
+    functions = step.parameters.functions
+    weight_grid, bias = (functions.qmin, functions.qmax), (functions.bias_bits, functions.code_limit)
+    return Rule(before, *bounds, _grid_of(quantizer), weight_grid, bias)
+
+
+def clip_rule_of(op: QatOp, bounds: tuple[float, float]) -> Grid | None:
+    """What stays of the quantizer of an operation behind a clamp; None where C++ does not serve it."""
+    quantizer = op.output_quantizer
+    with _not_compiling():
+        clip = clip_of(bounds, quantizer, "cpu")
+    return _grid_of(quantizer) if quantizer is not None and isinstance(clip, ClipByNative) else None
+
+
+def _grid_of(quantizer: FakeQuantize) -> Grid:
+    spec = quantizer.spec
+    return Grid(spec.bits, spec.signed, spec.symmetric, quantizer.observer.weight_of_newest != -1.0)
 
 
 @contextlib.contextmanager
@@ -81,14 +105,12 @@ def compiled_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     weight, bn, sources = layer.linear_weight, layer.bn, layer.sources
     if not layer.fast_path or not layer.uses_batch_statistics() or not sources or x.ndim != weight.ndim:
         return None
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return None
-    if torch.compiler.is_exporting():  # what is exported runs elsewhere, too
+    if not _is_served(x):
         return None
     quantizers: list[Any] = [layer.output_quantizer, layer.pre_activation_quantizer, layer.weight_quantizer]
     there = [one for one in quantizers if one is not None]
     # The answer is that of this moment: these are read here so that another moment is asked again.
-    switches = [one.training and one.observer_enabled for one in there] + [one.fake_quant_enabled for one in there]
+    switches = [switch for one in there for switch in _switches(one)]
     bounds = bounds_of(layer.activation_module) or ()
     rule: Rule | None = layer.serving_rule(bn.training, sources[0].fake_quant_enabled, *switches, *bounds)  # type: ignore[union-attr]
     if rule is None:
@@ -96,10 +118,48 @@ def compiled_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     return _served(layer, x, rule)
 
 
+def compiled_clip(op: QatOp, y: Tensor, bounds: tuple[float, float]) -> Tensor | None:
+    """An operation's output, clamped and on its grid; None where that is to be traced instead."""
+    quantizer: Any = op.output_quantizer
+    if not op.fast_path or not op.training or quantizer is None or not _is_served(y):
+        return None
+    grid: Grid | None = op.clip_rule(*bounds, *_switches(quantizer))
+    if grid is None:
+        return None
+    state, weight = _remembered(quantizer, grid)
+    out, _, *moved = operators.clip(y, *state, *bounds, grid.bits, grid.signed, grid.symmetric, weight)
+    _move(quantizer, state if weight is not None else (), moved)
+    return out
+
+
+def _is_served(x: Tensor) -> bool:
+    # What is exported runs elsewhere, too.
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and not torch.compiler.is_exporting()
+
+
+def _switches(quantizer: Any) -> tuple[bool, bool]:
+    return quantizer.training and quantizer.observer_enabled, quantizer.fake_quant_enabled
+
+
+def _remembered(quantizer: Any, grid: Grid) -> tuple[tuple[Tensor, ...], float | None]:
+    """What is known of a range and its grid, and the weight of the newest range; None where nothing observes."""
+    observer, found = quantizer.observer, (quantizer.scale, quantizer.zero_point)
+    if not (quantizer.training and quantizer.observer_enabled):
+        return (found[0], found[0], *found), None
+    return (observer.min_val, observer.max_val, *found), observer.averaging_constant if grid.averages else -1.0
+
+
+def _move(quantizer: Any, state: tuple[Tensor, ...], moved: list[Tensor]) -> None:
+    with torch.no_grad():
+        for old, new in zip(state, moved, strict=False):
+            old.copy_(new.detach())
+    quantizer.seen_data = True
+
+
 def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
     bn: Any = layer.bn
     quantizer: Any = layer.pre_activation_quantizer if rule.before else layer.output_quantizer
-    observer = quantizer.observer
     running = bn.running_mean, bn.running_var
     bias, input_scale = layer.linear_bias, layer.input_scale()
     value, _, error, silenced = operators.layer_parameters(
@@ -114,11 +174,8 @@ def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
         *rule.bias,
     )
     y = layer.linear(x, value, bias)
-    observes = quantizer.training and quantizer.observer_enabled
-    weight = None if not observes else observer.averaging_constant if rule.averages else -1.0
-    grid = quantizer.scale, quantizer.zero_point
-    ends = (observer.min_val, observer.max_val) if observes else (grid[0], grid[0])
-    state = *running, *ends, *grid
+    grid = rule.grid
+    state, weight = _remembered(quantizer, grid)
     has_error = rule.bias[1] > 0 and input_scale is not None
     out, _, *moved = operators.layer_forward(
         y,
@@ -126,20 +183,18 @@ def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
         bn.bias,
         error if has_error else None,
         silenced,
+        *running,
         *state,
         bn.momentum,
         bn.eps,
         rule.low,
         rule.high,
-        rule.bits,
-        rule.signed,
-        rule.symmetric,
+        grid.bits,
+        grid.signed,
+        grid.symmetric,
         weight,
     )
-    with torch.no_grad():
-        for old, new in zip(state if observes else running, moved, strict=False):
-            old.copy_(new.detach())
-        if bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-    quantizer.seen_data = True
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    _move(quantizer, (*running, *state) if weight is not None else running, moved)
     return layer.activated(out) if rule.before else out

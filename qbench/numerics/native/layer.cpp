@@ -667,11 +667,11 @@ void backward_of_weight(const float* grad, const float* weight, const float* ste
     if (given & kError) *grad_input_scale = static_cast<float>(total);
 }
 
-// An activation and the quantizer behind it where a tensor lies: the values, 1 in `mask` where gradients pass and else
-// 0, and codes. `s` and what stands for zero in the codes are put at `kept`.
-void clip(float* v, float* min_val, float* max_val, float* scale, int32_t* zero_point, int64_t given, int64_t values,
+// An activation and the quantizer behind it: the values, which may take the place of those before, 1 in `mask` where
+// gradients pass and else 0, and codes. `s` and what stands for zero in the codes are put at `kept`.
+void clip(const float* v, float* min_val, float* max_val, float* scale, int32_t* zero_point, int64_t given, int64_t values,
           float low, float high, int64_t qmin, int64_t qmax, int64_t lowered, int64_t symmetric, float weight,
-          int8_t* mask, float* kept, int8_t* codes) {
+          float* out, int8_t* mask, float* kept, int8_t* codes) {
     if (given & kObserves) {
         float lowest = kInfinity, highest = -kInfinity;
         int32_t broken = 0;
@@ -703,7 +703,7 @@ void clip(float* v, float* min_val, float* max_val, float* scale, int32_t* zero_
         for (int64_t i = share.first; i < share.end; ++i) {
             const float value = v[i];
             mask[i] = static_cast<int8_t>(static_cast<int32_t>(passed(1.0f, value, above, below)));
-            v[i] = grid.steps(value) * grid.scale;
+            out[i] = grid.steps(value) * grid.scale;
         }
     }
 }

@@ -3,6 +3,7 @@
     qbench::layer_parameters     W, …        →   Ŵ/k, its step, e, silenced channels        ∂/∂W of Ŵ/k is 1
     qbench::layer_forward        y, …        →   the output, what backward needs, and what is remembered from now on
     qbench::layer_backward       g, y, …     →   gradients to y, γ and β
+    qbench::clip                 v, …        →   the output, where gradients pass, and what is remembered from now on
 
 They write to nothing: what moves comes back as new tensors, which the traced code copies to its place. So they can be
 functionalised, and have a backward.
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench.numerics.blocks import channels_are_last
+from qbench.numerics.blocks import channels_are_last, dense
 from qbench.numerics.generated_epilogue import Plan
 from qbench.numerics.generated_rounding import Rounding
 from qbench.numerics.native.library import library
-from qbench.numerics.native.steps import Following, Parameters, Remembered
+from qbench.numerics.native.steps import Clipping, Following, Parameters, Remembered
 from qbench.numerics.qparams import QSpec
 
 _LIBRARY = torch.library.Library("qbench", "FRAGMENT")
@@ -46,6 +47,11 @@ _LIBRARY.define(
     "layer_backward(Tensor grad, Tensor y, Tensor kept) -> (Tensor, Tensor, Tensor)",
     tags=_ANY_LAYOUT,
 )
+_LIBRARY.define(
+    "clip(Tensor v, Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point, float low, float high, int bits, "
+    "bool signed, bool symmetric, float? weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_ANY_LAYOUT,
+)
 
 
 @functools.lru_cache(maxsize=256)
@@ -63,6 +69,14 @@ def _following(
     assert functions is not None  # asked for before an operator is
     spec = QSpec(bits=bits, signed=signed, symmetric=symmetric)
     return Following(Plan(False, momentum, eps, Rounding(low, high, spec, None, "cpu")), weight, functions)
+
+
+@functools.lru_cache(maxsize=256)
+def _clipping(low: float, high: float, bits: int, signed: bool, symmetric: bool, weight: float | None) -> Clipping:
+    functions = library()
+    assert functions is not None  # asked for before an operator is
+    spec = QSpec(bits=bits, signed=signed, symmetric=symmetric)
+    return Clipping(Rounding(low, high, spec, None, "cpu"), weight, functions)
 
 
 def _layer_parameters(
@@ -103,6 +117,16 @@ def _layer_backward(grad: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, Tens
     return grad_y, others[0], others[1]
 
 
+def _clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    moved = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in rest[:4])
+    in_order = v if dense(v).is_contiguous() else v.contiguous()
+    out = torch.empty_like(in_order)
+    mask, _ = _clipping(*rest[4:]).clip(in_order, moved, False, out)
+    if out.stride() != v.stride():
+        out, mask = (torch.empty_like(v, dtype=one.dtype).copy_(one) for one in (out, mask))
+    return out, mask, *moved
+
+
 def _fake_parameters(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels = weight.shape[0]
     silenced = weight.new_empty(channels, dtype=torch.bool)
@@ -116,6 +140,10 @@ def _fake_forward(y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _fake_backward(grad: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(y), y.new_empty(y.shape[1]), y.new_empty(y.shape[1])
+
+
+def _fake_clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(v), torch.empty_like(v, dtype=torch.int8), *(torch.empty_like(one) for one in rest[:4])
 
 
 def _straight_through(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -134,6 +162,14 @@ def _backward_of_forward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return grad_y, *(value if asked else None for value, asked in given), *[None] * 15
 
 
+def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _masked(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return grads[0] * ctx.saved_tensors[0], *[None] * 10
+
+
 def layer_parameters(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Ŵ/k`, its step, `e` (zeros where the bias stays float) and silenced channels; arguments as of the operator."""
     found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.qbench.layer_parameters(*arguments)
@@ -146,12 +182,20 @@ def layer_forward(*arguments: Any) -> tuple[Tensor, ...]:
     return found
 
 
+def clip(*arguments: Any) -> tuple[Tensor, ...]:
+    """The output, where gradients pass, and the four tensors that move; arguments as of the operator."""
+    found: tuple[Tensor, ...] = torch.ops.qbench.clip(*arguments)
+    return found
+
+
 for _name, _function, _fake in (
     ("layer_parameters", _layer_parameters, _fake_parameters),
     ("layer_forward", _layer_forward, _fake_forward),
     ("layer_backward", _layer_backward, _fake_backward),
+    ("clip", _clip, _fake_clip),
 ):
     _LIBRARY.impl(_name, _function, "CPU")
     torch.library.register_fake(f"qbench::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("qbench::layer_parameters", _straight_through, lib=_LIBRARY)
 torch.library.register_autograd("qbench::layer_forward", _backward_of_forward, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("qbench::clip", _masked, setup_context=_keep_mask, lib=_LIBRARY)

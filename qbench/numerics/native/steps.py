@@ -374,13 +374,13 @@ class Clipping:
         return out, codes[0]
 
     def clip(
-        self, v: Tensor, to: tuple[Tensor, ...], with_codes: bool
+        self, v: Tensor, to: tuple[Tensor, ...], with_codes: bool, out: Tensor | None = None
     ) -> tuple[Tensor, Coded | None]:
-        """Where gradients pass, int8 like `v`, and the codes."""
+        """Where gradients pass, int8 like `v`, and the codes; the values are put to `out`, or take the place of `v`."""
         mask, kept = torch.empty_like(v, dtype=torch.int8), v.new_empty(2)
         codes = torch.empty_like(mask) if with_codes else mask
         given = self._given + with_codes * _CODES
-        self._functions.clip(v, *to, given, v.numel(), *self._rule, mask, kept, codes)
+        self._functions.clip(v, *to, given, v.numel(), *self._rule, v if out is None else out, mask, kept, codes)
         torch.autograd.graph.increment_version(to[-2:])
         return mask, Coded(codes, kept[0], kept[1]) if with_codes else None
 
