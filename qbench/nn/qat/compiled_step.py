@@ -48,6 +48,7 @@ class Rule(NamedTuple):
         low: Lower bound of the activation that is part of it.
         high: Upper bound.
         grid: Of the quantizer.
+        linear: Stride, padding, dilation and groups of the convolution.
         weight_grid: Lowest and highest code of the weight.
         bias: Width and largest code of the bias; 0 and 0 where it stays float.
     """
@@ -56,6 +57,7 @@ class Rule(NamedTuple):
     low: float
     high: float
     grid: Grid
+    linear: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
     weight_grid: tuple[int, int]
     bias: tuple[int, int]
 
@@ -74,7 +76,9 @@ def rule_of(layer: QatLayer) -> Rule | None:
     assert bounds is not None
     functions = step.parameters.functions
     weight_grid, bias = (functions.qmin, functions.qmax), (functions.bias_bits, functions.code_limit)
-    return Rule(before, *bounds, _grid_of(quantizer), weight_grid, bias)
+    linear = step.linear
+    of_linear = linear.stride, linear.padding, linear.dilation, linear.groups
+    return Rule(before, *bounds, _grid_of(quantizer), of_linear, weight_grid, bias)
 
 
 def clip_rule_of(op: QatOp, bounds: tuple[float, float]) -> Grid | None:
@@ -161,40 +165,23 @@ def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
     bn: Any = layer.bn
     quantizer: Any = layer.pre_activation_quantizer if rule.before else layer.output_quantizer
     running = bn.running_mean, bn.running_var
-    bias, input_scale = layer.linear_bias, layer.input_scale()
-    value, _, error, silenced = operators.layer_parameters(
-        layer.linear_weight,
-        None if bias is None else bias.detach(),
-        None if bn.weight is None else bn.weight.detach(),
-        None if bn.bias is None else bn.bias.detach(),
-        *running,
-        input_scale,
-        bn.eps,
-        *rule.weight_grid,
-        *rule.bias,
-    )
-    y = layer.linear(x, value, bias)
+    weight, bias, input_scale = layer.linear_weight, layer.linear_bias, layer.input_scale()
+    with torch.no_grad():
+        value, step, error, silenced = operators.layer_parameters(
+            weight, bias, bn.weight, bn.bias, *running, input_scale, bn.eps, *rule.weight_grid, *rule.bias
+        )
+        y = layer.linear(x, value, bias)
     grid = rule.grid
-    state, weight = _remembered(quantizer, grid)
+    state, of_newest = _remembered(quantizer, grid)
     has_error = rule.bias[1] > 0 and input_scale is not None
+    tensors = x, weight, bias, bn.weight, bn.bias, y, step, error if has_error else None, silenced, *running, *state
     out, _, *moved = operators.layer_forward(
-        y,
-        bn.weight,
-        bn.bias,
-        error if has_error else None,
-        silenced,
-        *running,
-        *state,
-        bn.momentum,
-        bn.eps,
-        rule.low,
-        rule.high,
-        grid.bits,
-        grid.signed,
-        grid.symmetric,
-        weight,
+        *tensors,
+        *rule.linear,
+        rule.weight_grid,
+        *(bn.momentum, bn.eps, rule.low, rule.high, grid.bits, grid.signed, grid.symmetric, of_newest),
     )
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-    _move(quantizer, (*running, *state) if weight is not None else running, moved)
+    _move(quantizer, (*running, *state) if of_newest is not None else running, moved)
     return layer.activated(out) if rule.before else out

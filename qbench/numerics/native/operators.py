@@ -1,12 +1,15 @@
 """The steps of a layer as operators of PyTorch: what `torch.compile` of a whole model calls in place of tracing them.
 
-    qbench::layer_parameters     W, …        →   Ŵ/k, its step, e, silenced channels        ∂/∂W of Ŵ/k is 1
-    qbench::layer_forward        y, …        →   the output, what backward needs, and what is remembered from now on
-    qbench::layer_backward       g, y, …     →   gradients to y, γ and β
-    qbench::clip                 v, …        →   the output, where gradients pass, and what is remembered from now on
+    qbench::layer_parameters   W, …            →   Ŵ/k, its step, e, silenced channels
+    qbench::layer_forward      y, x̂, W, …      →   the output, what backward needs, and what is remembered
+    qbench::layer_backward     g, y, x̂, W, …   →   gradients to x̂, W, b, γ and β
+    qbench::clip               v, …            →   the output, where gradients pass, and what is remembered
 
 They write to nothing: what moves comes back as new tensors, which the traced code copies to its place. So they can be
 functionalised, and have a backward.
+
+The convolution itself is left to the compiler, without a gradient: `layer_forward` has that of both. Backward is one
+operator that takes memory in the order in which it finds it, and Ŵ/k is rounded again in it.
 """
 
 from __future__ import annotations
@@ -18,14 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench.numerics.blocks import channels_are_last, dense
+from qbench.numerics.blocks import Room, channels_are_last, dense
 from qbench.numerics.generated_epilogue import Plan
 from qbench.numerics.generated_rounding import Rounding
+from qbench.numerics.layer_step import Convolution
 from qbench.numerics.native.library import library
 from qbench.numerics.native.steps import Clipping, Following, Parameters, Remembered
 from qbench.numerics.qparams import QSpec
+from qbench.numerics.straight_through import round_to_grid
 
 _LIBRARY = torch.library.Library("qbench", "FRAGMENT")
+_ROOM = Room()
 
 # Memory in any order is taken as it comes: otherwise a compiler that reorders convolutions would copy back and forth.
 _ANY_LAYOUT = (torch.Tag.flexible_layout,)
@@ -37,14 +43,17 @@ _LIBRARY.define(
     tags=_ANY_LAYOUT,
 )
 _LIBRARY.define(
-    "layer_forward(Tensor y, Tensor? gamma, Tensor? beta, Tensor? error, Tensor? silenced, Tensor mean, Tensor var, "
-    "Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point, float momentum, float eps, float low, "
-    "float high, int bits, bool signed, bool symmetric, float? weight) "
+    "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor y, Tensor step, "
+    "Tensor? error, Tensor? silenced, Tensor mean, Tensor var, Tensor min_val, Tensor max_val, Tensor scale, "
+    "Tensor zero_point, int[] stride, int[] padding, int[] dilation, int groups, int[] codes, float momentum, "
+    "float eps, float low, float high, int bits, bool signed, bool symmetric, float? of_newest) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_ANY_LAYOUT,
 )
 _LIBRARY.define(
-    "layer_backward(Tensor grad, Tensor y, Tensor kept) -> (Tensor, Tensor, Tensor)",
+    "layer_backward(Tensor grad, Tensor x, Tensor weight, Tensor y, Tensor step, Tensor kept, int[] stride, "
+    "int[] padding, int[] dilation, int groups, int[] codes, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_ANY_LAYOUT,
 )
 _LIBRARY.define(
@@ -87,34 +96,45 @@ def _layer_parameters(
     rule = _parameters(qmin, qmax, bias_bits, code_limit, eps)
     found = rule(weight, *given) or rule(weight.contiguous(), *given)
     assert found is not None
-    if found.value.stride() != weight.stride():
-        found = found._replace(value=torch.empty_like(weight).copy_(found.value))
     error = torch.zeros_like(found.step) if found.error is None else found.error
-    return found.value, found.step, error, found.silenced
+    return _laid_out(found.value, weight), found.step, error, found.silenced
 
 
 def _layer_forward(
-    y: Tensor, gamma: Tensor | None, beta: Tensor | None, error: Tensor | None, silenced: Tensor | None, *rest: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, y: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    mean, var, *grid = (tensor.clone(memory_format=torch.contiguous_format) for tensor in rest[:6])
-    steps, to = _following(*rest[6:]), Remembered(mean, var, None, *grid)
+    _, error, silenced, *state = rest[:9]
+    mean, var, *grid = (tensor.clone(memory_format=torch.contiguous_format) for tensor in state)
+    steps, to = _following(*rest[14:]), Remembered(mean, var, None, *grid)
     given: tuple[Any, ...]
     given = *(None if one is None else one.contiguous() for one in (gamma, beta, error, silenced)), to
     found = steps.forward(y, *given) or steps.forward(y.contiguous(), *given)
     assert found is not None
     out, kept, _ = found
-    if out.stride() != y.stride():
-        out = torch.empty_like(y).copy_(out)
-    return out, kept, mean, var, *grid
+    return _laid_out(out, y), kept, mean, var, *grid
 
 
-def _layer_backward(grad: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor, step: Tensor, kept: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *linear, codes, wanted = rest
     rule = _following(0.0, 1.0, -math.inf, math.inf, 8, True, False, None)  # of which backward needs nothing
     in_order = y if y.is_contiguous() or channels_are_last(y) else y.contiguous()
     grad_y, *others = rule.backward(grad, in_order, kept)
-    if grad_y.stride() != y.stride():
-        grad_y = torch.empty_like(y).copy_(grad_y)
-    return grad_y, others[0], others[1]
+    room = _ROOM.like(weight)
+    value = torch.empty_like(weight) if room is None else room
+    if not _parameters(*codes, 0, 0, 0.0).again(weight, step, value):
+        value = round_to_grid(weight, step.view(-1, *[1] * (weight.ndim - 1)), *codes)
+    stride, padding, dilation, groups = linear
+    convolution = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
+    pairs = zip(convolution.backward(grad_y, x, value, wanted), (x, weight, step), strict=True)
+    nothing = y.new_empty(0)
+    return *(nothing if one is None else _laid_out(one, like) for one, like in pairs), *others
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """The same values in the same order of memory as another tensor: what a compiler was told to expect."""
+    return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
 
 
 def _clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -133,33 +153,33 @@ def _fake_parameters(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, T
     return torch.empty_like(weight), weight.new_empty(channels), weight.new_empty(channels), silenced
 
 
-def _fake_forward(y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    y = rest[4]
     kept = y.new_empty(4 * y.shape[1] + 4)
-    return torch.empty_like(y), kept, *(torch.empty_like(one) for one in rest[4:10])
+    return torch.empty_like(y), kept, *(torch.empty_like(one) for one in rest[8:14])
 
 
-def _fake_backward(grad: Tensor, y: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(y), y.new_empty(y.shape[1]), y.new_empty(y.shape[1])
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    channels, wanted = weight.shape[0], rest[-1]
+    linear = torch.empty_like(x), torch.empty_like(weight), y.new_empty(channels)
+    nothing, others = y.new_empty(0), (y.new_empty(channels), y.new_empty(channels))
+    return *(one if asked else nothing for one, asked in zip(linear, wanted, strict=True)), *others
 
 
 def _fake_clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(v), torch.empty_like(v, dtype=torch.int8), *(torch.empty_like(one) for one in rest[:4])
 
 
-def _straight_through(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    return grads[0], *[None] * 11
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[0], output[1])
+    x, weight, _, _, _, y, step = inputs[:7]
+    ctx.linear = inputs[15:20]
+    ctx.save_for_backward(x, weight, y, step, output[1])
 
 
 def _backward_of_forward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    y, kept = ctx.saved_tensors
-    grad_y, *others = torch.ops.qbench.layer_backward(grads[0], y, kept)
-    # The gradient to e, which is added to β, is that to β.
-    given = zip((*others, others[1]), ctx.needs_input_grad[1:4], strict=True)
-    return grad_y, *(value if asked else None for value, asked in given), *[None] * 15
+    wanted = ctx.needs_input_grad
+    found = torch.ops.qbench.layer_backward(grads[0], *ctx.saved_tensors, *ctx.linear, list(wanted[:3]))
+    return *(value if asked else None for value, asked in zip(found, wanted[:5], strict=True)), *[None] * 23
 
 
 def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -171,7 +191,11 @@ def _masked(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 
 def layer_parameters(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`Ŵ/k`, its step, `e` (zeros where the bias stays float) and silenced channels; arguments as of the operator."""
+    """`Ŵ/k`, its step, `e` (zeros where the bias stays float) and silenced channels, all without a gradient.
+
+    Args:
+        arguments: Of the operator.
+    """
     found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.qbench.layer_parameters(*arguments)
     return found
 
@@ -196,6 +220,5 @@ for _name, _function, _fake in (
 ):
     _LIBRARY.impl(_name, _function, "CPU")
     torch.library.register_fake(f"qbench::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("qbench::layer_parameters", _straight_through, lib=_LIBRARY)
 torch.library.register_autograd("qbench::layer_forward", _backward_of_forward, setup_context=_keep, lib=_LIBRARY)
 torch.library.register_autograd("qbench::clip", _masked, setup_context=_keep_mask, lib=_LIBRARY)
