@@ -77,7 +77,7 @@ class LearnedFakeQuantize(FakeQuantize):
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
         """The scale in use, float32, without a gradient."""
-        return self.scale_in_use().detach()
+        return self.scale_of(self.value()).detach()
 
     @property
     def zero_point(self) -> Tensor:  # type: ignore[override]

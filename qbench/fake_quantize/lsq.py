@@ -66,16 +66,17 @@ class LSQ(LearnedFakeQuantize):
 
     def scale_in_use(self) -> Tensor:
         """See `LearnedFakeQuantize.scale_in_use`."""
-        kind = type(self)
+        change, spec, kind = self.change, self.spec, type(self)
         own = kind.scale_of, kind.gradient_scale, kind.value
-        if own != (LSQ.scale_of, LSQ.gradient_scale, LSQ.value) or not (at_hand(self.change) and at_hand(self.start)):
+        plain = own == (LSQ.scale_of, LSQ.gradient_scale, LSQ.value) and at_hand(change) and at_hand(self.start)
+        if not (plain and change.requires_grad and torch.is_grad_enabled()):
             return super().scale_in_use()
-        change, spec, sharing = self.change, self.spec, self.sharing.item()
+        sharing = self.sharing.item()
         if change.ndim:
             per_channel = self.gradient_scale() if not (spec.symmetric and spec.signed) else _factor(sharing, spec.qmax)
             return _Scale.apply(change, self.start, per_channel, weakref.ref(self))
         zero_point = self.start_zero_point.item()
-        now = self.start.item(), change.item(), zero_point, sharing, change.requires_grad, torch.is_grad_enabled()
+        now = self.start.item(), change.item(), zero_point, sharing
         known = _SHARED.get(self)
         if known is None or known.now != now or known.change() is not change:
             factor = _factor(sharing, spec.qmax - int(zero_point))

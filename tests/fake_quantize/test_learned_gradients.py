@@ -5,7 +5,12 @@ The rounding residual is held constant in all of them: that is what the straight
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
+import pickle
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,6 +156,70 @@ class TestLSQ:
         seed = [torch.randn(y.shape, generator=torch.Generator().manual_seed(3)) for y in (first, second)]
         ((first * seed[0]).sum() + (second * seed[1]).sum()).backward()
         close(quantizer.change.grad, alone[0] + alone[1])
+
+
+class TestSharedScale:
+    """All layers that read or write an activation get the same scale, as long as none of its numbers moves."""
+
+    def made(self) -> Any:
+        quantizer = made(LSQ, QSpec())
+        quantizer(data())
+        quantizer(data()).sum().backward()
+        quantizer.zero_grad()
+        return quantizer
+
+    def test_it_is_the_same_until_something_moves(self) -> None:
+        quantizer = self.made()
+        scale = quantizer.snapshot().scale
+        assert quantizer.snapshot().scale is scale and quantizer.scale_in_use() is scale
+        quantizer.change.data.add_(0.25)  # no version tells of this
+        moved = quantizer.snapshot().scale
+        assert torch.equal(moved.detach(), quantizer.start + quantizer.change) and not torch.equal(moved, scale)
+        quantizer.start.add_(0.25)
+        assert torch.equal(quantizer.scale_in_use().detach(), quantizer.start + quantizer.change)
+        with torch.no_grad():
+            assert not quantizer.scale_in_use().requires_grad
+        quantizer.change.requires_grad_(False)
+        assert not quantizer.scale_in_use().requires_grad
+
+    def test_more_than_one_backward_comes_through(self) -> None:
+        quantizer = self.made()
+        first, second = (quantizer(data(seed)).square().sum() for seed in (1, 2))
+        first.backward()
+        alone = quantizer.change.grad.clone()
+        second.backward()
+        both = quantizer.change.grad.clone()
+        quantizer.zero_grad()
+        (quantizer(data(1)).square().sum() + quantizer(data(2)).square().sum()).backward()
+        assert alone != 0 and both != alone
+        torch.testing.assert_close(quantizer.change.grad, both)
+
+    @pytest.mark.parametrize("axis", [None, 0])
+    def test_its_gradient_is_that_of_the_definition(self, axis: int | None) -> None:
+        quantizer: Any = made(LSQ, QSpec(symmetric=True, axis=axis))
+        quantizer.fit_to(data())
+        quantizer(data())
+        with torch.no_grad():
+            quantizer.change.sub_(1.5 * quantizer.start)  # beyond 0: reflected
+        weights = torch.linspace(-1.0, 2.0, quantizer.change.numel()).view(quantizer.change.shape)
+        found = []
+        for scale in (quantizer.scale_in_use(), quantizer.scale_of(quantizer.value())):
+            quantizer.zero_grad()
+            (scale * weights).sum().backward()
+            found.append((scale.detach(), quantizer.change.grad.clone()))
+        assert all(map(torch.equal, *found)) and quantizer.learning and bool((found[0][1] != 0).any())
+
+    def test_a_quantizer_is_copied_stored_and_forgotten_as_before(self) -> None:
+        quantizer = self.made()
+        scale = quantizer.scale_in_use()
+        other = pickle.loads(pickle.dumps(copy.deepcopy(quantizer)))
+        other.scale_in_use().backward()
+        assert other.change.grad is not None and quantizer.change.grad is None
+        gone = weakref.ref(quantizer)
+        del quantizer
+        gc.collect()
+        assert gone() is None and scale.requires_grad
+        scale.backward()
 
 
 class TestLSQPlus:

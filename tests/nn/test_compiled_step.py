@@ -16,7 +16,7 @@ from qbench.nn.qat.layer import QatLayer
 from qbench.observers import MinMaxObserver
 
 from .support import with_input
-from .test_fast_path import batches, network, prepared
+from .test_fast_path import Learning, batches, network, prepared
 from .test_structure import ConvBnHardswish2d, QatConvBnHardswish2d
 
 pytestmark = [
@@ -92,6 +92,22 @@ def test_an_activation_behind_a_quantizer_of_its_own(monkeypatch: pytest.MonkeyP
     found = steps(other, compiled(other), batches())
     assert [answer.before for answer in answers] == [True]  # type: ignore[attr-defined]
     assert all(map(torch.equal, found, steps(layer, layer, batches())))
+
+
+def test_sums_are_served_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(Learning()).apply(qbench.enable_fast_path)
+    other = copy.deepcopy(model)
+    answers, plain = [], module.clip_rule_of
+    monkeypatch.setattr("qbench.nn.qat.body.clip_rule_of", lambda *given: answers.append(plain(*given)) or answers[-1])
+    images = batches(count=4)
+    call = compiled(other)
+    found, expected = steps(other, call, images[:2]), steps(model, model, images[:2])
+    assert len(answers) == 1 and answers[0] is not None
+    assert len(found) == len(expected) > 40 and all(map(torch.equal, found, expected))
+    for one in (model, other):
+        one.apply(qbench.disable_observer)
+    found, expected = steps(other, call, images[2:]), steps(model, model, images[2:])
+    assert len(answers) == 2 and all(map(torch.equal, found, expected))
 
 
 def replaced(layer: QatLayer) -> None:

@@ -19,6 +19,7 @@ from qbench.nn import intrinsic as nni
 from qbench.nn.intrinsic import qat as nniqat
 from qbench.nn.qat import epilogue as epilogue_module
 from qbench.nn.qat import fast_parameters
+from qbench.nn.qat import step as step_module
 from qbench.nn.qat.epilogue import ClipByNative, clip_of, rule_of
 from qbench.nn.qat.layer import QatLayer
 from qbench.nn.qat.parameters import Folding, training_parameters
@@ -33,7 +34,7 @@ from qbench.numerics.saved_codes import lowering
 from qbench.observers import MinMaxObserver, MovingAverageMinMaxObserver
 
 from .support import CASES, Case, batch, case_named, make_layer, with_input, without_native
-from .test_fast_path import batches, network, paths_of_learned_grids, prepared, trained
+from .test_fast_path import Learning, batches, network, paths_of_learned_grids, prepared, trained
 
 FORMATS = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
 SHAPES = (
@@ -262,6 +263,73 @@ def test_activations_that_stand_alone_train_as_on_the_plain_path() -> None:
     fast.eval()
     program = qbench.convert(fast, example_inputs=(batches()[0],))
     assert int((fast(batches()[0]) != program.module()(batches()[0])).sum()) == 0
+
+
+def learning(method: str = "lsq") -> nn.Module:
+    """A model whose grids are learned, and have been given a gradient, on the fast path."""
+    torch.manual_seed(0)
+    config = qbench.get_qconfig(method=method)
+    model = qbench.prepare_qat(qbench.fuse(Learning()), qconfig=config, example_inputs=(batches()[0],)).train()
+    model.apply(qbench.enable_fast_path)
+    model(batches()[0]).square().mean().backward()
+    model.zero_grad()
+    return model
+
+
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is learned at each layer that is one function from now on."""
+    calls: list[Any] = []
+    plain = step_module.layer_step
+
+    def noted(*given: Any) -> Any:
+        calls.append(given[6])
+        return plain(*given)
+
+    monkeypatch.setattr(step_module, "layer_step", noted)
+    return calls
+
+
+def test_layers_with_learned_grids_are_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = learning()
+    calls = served(monkeypatch)
+    model(batches()[0]).square().mean().backward()
+    assert len(calls) == 2  # those with a BatchNorm
+    assert all(one.input_scale is not None and one.step is not None and one.scale is not None for one in calls)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    # Of two layers that read one activation, and the one that writes it, all get the same scale.
+    assert calls[0].scale is calls[1].input_scale
+
+
+def test_learned_grids_train_alike_with_low_memory() -> None:
+    model = learning()
+    low = copy.deepcopy(model).apply(qbench.enable_low_memory)
+    images = batches()
+    (first, found), (second, expected) = trained(low, images), trained(model, images)
+    assert len(found) == len(expected) == 3 and all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+
+
+@pytest.mark.parametrize("off", ["path", "parameters", "layout"])
+def test_what_learns_and_is_not_served_takes_its_steps(off: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = learning()
+    other = copy.deepcopy(model).apply(qbench.disable_fast_path)
+    if off == "path":
+        model.apply(qbench.disable_fast_path)
+    elif off == "parameters":
+        monkeypatch.setattr(fast_parameters, "_learned_parameters", lambda *_: None)
+        model = copy.deepcopy(model)  # nothing is known of it yet
+    else:
+        layer: Any = model.get_submodule("first.0")
+        layer.weight.data = layer.weight.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    calls = served(monkeypatch)
+    found, expected = model(batches()[0]), other(batches()[0])
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    assert len(calls) == {"path": 0, "parameters": 0, "layout": 1}[off]
+    assert int((found != expected).sum()) == 0
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-3 * theirs.grad.abs().max() + 1e-7
 
 
 @pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)

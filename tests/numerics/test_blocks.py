@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from qbench.numerics import blocks
-from qbench.numerics.blocks import dense, in_blocks
+from qbench.numerics.blocks import Room, RoomOfBackward, dense, in_blocks
 from qbench.numerics.qparams import QParams, fake_quantize, inside_range
 from qbench.numerics.straight_through import fake_quantize_ste
 
@@ -64,3 +67,36 @@ def test_fake_quantize_gives_the_bits_of_the_whole_tensor(
     assert y.stride() == x.stride()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.where(inside, gradient, 0))
+
+
+class _Doubled(torch.autograd.Function):
+    """Doubles a gradient in a room, and notes where that was."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, room: RoomOfBackward, places: list[int]) -> Tensor:
+        ctx.room, ctx.places = room, places
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        found = torch.mul(grads[0], 2.0, out=ctx.room.like(grads[0]))
+        ctx.places.append(found.data_ptr())
+        return found.clone(), None, None
+
+
+def test_a_room_of_backward_is_shared_by_its_nodes_and_let_go() -> None:
+    room, places = RoomOfBackward(), list[int]()
+    x = torch.rand(4, 5, requires_grad=True)
+    for _ in range(2):
+        wide = _Doubled.apply(x, room, places).repeat(3, 1)
+        (_Doubled.apply(wide, room, places) * torch.ones_like(wide)).sum().backward()
+        assert room._values is None
+    assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2 * 12.0))
+    assert places[0] == places[1] and places[2] == places[3]
+    outside, other = room.like(x), room.like(x)
+    assert outside.data_ptr() != other.data_ptr() and room._values is None
+
+
+@pytest.mark.parametrize("x", [torch.rand(4, 6)[:, ::2], torch.rand(3, 4).double()])
+def test_there_is_no_room_for_gaps_and_other_types(x: Tensor) -> None:
+    assert Room().like(x) is None

@@ -323,7 +323,7 @@ class LearnedParameters:
     def of(cls, folding: Folding, bn: Any, source: FakeQuantize | None, weight: Tensor) -> LearnedParameters | None:
         """Those of a layer; None where C++ does not serve it."""
         source = source if source is not None and source.active else None
-        functions = native_parameters(folding, weight, bn.eps)
+        functions = native_parameters(folding, weight, bn.eps) if folding.fast_path else None
         return None if functions is None else cls(folding, bn, source, functions)
 
     def serves(self, weight: Tensor, bias: Tensor | None) -> bool:
