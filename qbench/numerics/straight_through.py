@@ -128,7 +128,9 @@ def _wide_grid(
     return wide_scale, low, high
 
 
-def round_to_grid(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+def round_to_grid(
+    x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, room: Tensor | None = None
+) -> Tensor:
     """`clamp(rne(x · (1/s)), low, high) · s`, computed in float32, in the shape, layout and dtype of `x`; no gradient.
 
     Args:
@@ -136,11 +138,12 @@ def round_to_grid(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | in
         scale: `s`, float32, broadcasting against `x`.
         low: `qmin − z`, float32, of the shape of `scale`; or one number for all.
         high: `qmax − z`, likewise.
+        room: Where eager code puts it, like `x`; None for memory of its own.
     """
     inverse = 1.0 / scale
     if torch.compiler.is_compiling():
         return ((x.float() * inverse).round().clamp(low, high) * scale).to(x.dtype)  # type: ignore[arg-type]
-    result = torch.empty_like(x)
+    result = torch.empty_like(x) if room is None else room
     ends = [end for end in (low, high) if isinstance(end, Tensor)]
     for source, target, step, size, *wide_ends in in_blocks(x, result, inverse, scale, *ends):
         wide = source.float()  # not in the product: of float16 with a scalar, that would be float16

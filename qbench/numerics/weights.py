@@ -90,8 +90,12 @@ class WeightGrid:
         """`Ŵ`, with the gradient to `W` and `k`."""
         raise NotImplementedError
 
-    def unfolded(self) -> Tensor:
-        """`Ŵ/k`, with the gradient to `W`: what is convolved where BN normalises with the batch's statistics."""
+    def unfolded(self, room: Tensor | None = None) -> Tensor:
+        """`Ŵ/k`, with the gradient to `W`: what is convolved where BN normalises with the batch's statistics.
+
+        Args:
+            room: Where it may be put, like `W`; None for memory of its own.
+        """
         raise NotImplementedError
 
     def unfolded_qparams(self) -> QParams | None:
@@ -135,13 +139,13 @@ class MovingGrid(WeightGrid):
             unfolded if self.factor is None else fold_weight(unfolded, self.factor, self.layout), value
         )
 
-    def unfolded(self) -> Tensor:
+    def unfolded(self, room: Tensor | None = None) -> Tensor:
         """`Ŵ/k`, with the gradient to `W`."""
         if self.rounding is not None:
             return self.rounding(self.weight, self.unfolded_qparams())
         with torch.no_grad():
             step = self.qparams.spread(self.step, self.weight)
-            value = round_to_grid(self.weight.detach(), step, self.qparams.qmin, self.qparams.qmax)
+            value = round_to_grid(self.weight.detach(), step, self.qparams.qmin, self.qparams.qmax, room)
         return straight_through(self.weight, value)
 
     def unfolded_qparams(self) -> QParams:
@@ -178,7 +182,7 @@ class FoldedGrid(WeightGrid):
         """`Ŵ`, with the gradient to `W` and `k`."""
         return self.rounding(self.folded_float(), self.qparams)
 
-    def unfolded(self) -> Tensor:
+    def unfolded(self, room: Tensor | None = None) -> Tensor:
         """`Ŵ/k`, with the gradient to `W`; a channel with k = 0 keeps `W`, so that its statistics stay alive."""
         if self.factor is None:
             return self.folded()

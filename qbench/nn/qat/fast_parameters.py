@@ -283,7 +283,7 @@ class StraightParameters:
                 grid = None if room is None else _grid_of(found.step, self.folding)
                 return TrainingParameters(found.value, grid, found.error, found.silenced)
         if self.code is None:
-            return training_parameters(self.folding, weight, bias, bn, input_scale)
+            return training_parameters(self.folding, weight, bias, bn, input_scale, room)
         return generated_parameters(self.folding, weight, bias, bn, input_scale, self.code)
 
     def again(self, weight: Tensor, qparams: QParams, room: Tensor | None = None) -> Tensor:
@@ -293,7 +293,7 @@ class StraightParameters:
             return value
         code = None if self.code is None else rounding_code(weight, qparams, self.folding.weight_quantizer)
         if code is None:
-            return round_to_grid(weight, qparams.spread(qparams.scale, weight), qparams.qmin, qparams.qmax)
+            return round_to_grid(weight, qparams.spread(qparams.scale, weight), qparams.qmin, qparams.qmax, value)
         code.forward(in_rows(value), in_rows(weight), qparams.scale[:, None], qparams.zero_point[:, None])
         return value
 

@@ -109,11 +109,19 @@ def bias_error(folding: Folding, folded: Tensor, scale: Tensor | None) -> Tensor
 
 
 def training_parameters(
-    folding: Folding, weight: Tensor, bias: Tensor | None, bn: BatchNormTensors | None, input_scale: Tensor | None
+    folding: Folding,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNormTensors | None,
+    input_scale: Tensor | None,
+    room: Tensor | None = None,
 ) -> TrainingParameters:
-    """`Ŵ/k` and `e`; arguments as of `Folding.parameters`, without the gradients that `e` shall not hand on."""
+    """`Ŵ/k` and `e`; arguments as of `Folding.parameters`, without the gradients that `e` shall not hand on.
+
+    Where `room` is given, like W, `Ŵ/k` may be put there.
+    """
     grid, folded, scale = folding.parameters(weight, bias, bn, input_scale)
-    value = grid.unfolded() if folding.weight_quantizer.fake_quant_enabled else grid.weight
+    value = grid.unfolded(room) if folding.weight_quantizer.fake_quant_enabled else grid.weight
     silenced = None if grid.effect is None else grid.effect.silenced
     error = bias_error(folding, folded, scale)
     return TrainingParameters(value.to(weight.dtype), grid.unfolded_qparams(), error, silenced)
