@@ -20,10 +20,14 @@ from torch import Tensor
 BLOCK = 1 << 16
 
 
-def at_hand(x: Tensor, devices: Collection[str] = ("cpu",)) -> bool:
+_CPU = ("cpu",)
+
+
+def at_hand(x: Tensor, devices: Collection[str] = _CPU) -> bool:
     """Whether values are there to be computed with at once: float32 on such a device, neither fake nor compiled."""
-    eager = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    return eager and x.device.type in devices and x.dtype == torch.float32 and x.numel() > 0
+    if x.dtype is not torch.float32 or type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return False
+    return (x.is_cpu if devices is _CPU else x.device.type in devices) and x.numel() > 0
 
 
 def in_blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -1,6 +1,6 @@
 """A layer in training as one function with one backward: its weights, its linear part, and what follows.
 
-    Ŵ/k, e    from W and BatchNorm          where nothing in them learns by itself: the gradient to Ŵ/k is that to W
+    Ŵ/k, e    from W, BatchNorm and s_in    the gradient to Ŵ/k is that to W, or also one to scales that are learned
     y         = F.conv*(x̂, Ŵ/k) + b
     out       = what follows y: BatchNorm with e in its shift, activation, quantizer
 
@@ -216,7 +216,8 @@ def layer_step(
         learned: Of the grids, what is learned.
     """
     codes: list[Coded | None] = []
-    out: Tensor = _Layer.apply(x, weight, bias, gamma, beta, *learned, step, codes)
+    scales = () if learned is NOTHING_LEARNED else learned
+    out: Tensor = _Layer.apply(x, weight, bias, gamma, beta, step, codes, *scales)
     return out, codes[0]
 
 
@@ -229,22 +230,18 @@ class _Layer(torch.autograd.Function):
         bias: Tensor | None,
         gamma: Tensor | None,
         beta: Tensor | None,
-        input_scale: Tensor | None,
-        weight_step: Tensor | None,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-        place: Tensor | None,
         step: LayerStep,
         codes: list[Coded | None],
+        *scales: Tensor | None,
     ) -> Tensor:
         again = weight.numel() > (KEPT_WEIGHTS if step.coded is None else KEPT_WEIGHTS_LOW_MEMORY)
         room = _ROOM.like(weight) if again else None
-        learned = Learned(input_scale, weight_step, scale, zero_point, place)
+        learned = Learned(*scales) if scales else NOTHING_LEARNED
         found = step.parameters(weight, bias, gamma, beta, room, learned)
         y = step.linear(x, found.weight, bias)
         if y.size(0) == 1 and y.numel() == y.size(1):
             F.batch_norm(y, None, None, training=True)  # one value a channel: it refuses, in its own words
-        grid = None if scale is None or place is None else (scale, place)
+        grid = None if learned.scale is None or learned.place is None else (learned.scale, learned.place)
         followed = step.follow(y, gamma, beta, found.error, found.silenced, grid)
         coded = step.coded(x) if step.coded is not None and any(ctx.needs_input_grad) else None
         codes.append(followed.coded)
@@ -268,19 +265,18 @@ class _Layer(torch.autograd.Function):
         if value is None:
             value = step.parameters.again(weight, ctx.grid, _ROOM.like(weight))
         wanted = ctx.needs_input_grad
-        scales_learn = wanted[5] or wanted[6]
-        needed = True, *wanted[3:5], scales_learn, *wanted[7:9]
+        of_input, of_step, *of_output = wanted[7:11] or (False,) * 4
+        scales_learn = of_input or of_step
+        needed = True, *wanted[3:5], scales_learn, *of_output
         grad_y, grad_gamma, grad_beta, grad_error, *to_grid = ctx.back(grads[0], y, tuple(saved), needed)
         by_linear = [wanted[0], wanted[1] or scales_learn, wanted[2]]
         grad_x, grad_weight, grad_bias = step.linear.backward(grad_y, x, value, by_linear)
         to_input = to_step = None
         if scales_learn and grad_weight is not None:
-            given = grad_weight, grad_error, weight, tuple(found), wanted[6]
+            given = grad_weight, grad_error, weight, tuple(found), of_step
             grad_weight, to_input, to_step = step.parameters.backward(*given)
-        return (
-            *(grad_x, grad_weight if wanted[1] else None, grad_bias, grad_gamma, grad_beta),
-            *(to_input if wanted[5] else None, to_step, *to_grid, None, None, None),
-        )
+        to_layer = grad_x, grad_weight if wanted[1] else None, grad_bias, grad_gamma, grad_beta, None, None
+        return (*to_layer, to_input if of_input else None, to_step, *to_grid, None) if wanted[7:] else to_layer
 
 
 def normalized(

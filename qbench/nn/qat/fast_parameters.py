@@ -1,4 +1,4 @@
-"""The parameters of a layer by C++ or by generated code, where nothing about them learns.
+"""The parameters of a layer by C++ or by generated code; where something about them learns, by C++ alone.
 
 The definition is `qbench.nn.qat.parameters`; what is here has its bits, which is tried on a sample first.
 """
@@ -343,7 +343,7 @@ class LearnedParameters:
         """See `qbench.numerics.layer_step.Parameters`."""
         input_scale = learned.input_scale
         if input_scale is None and self.source is not None:
-            input_scale = self.source.scale
+            input_scale = self.source.scale.float()
         tensors = bias, gamma, beta, self.bn.running_mean, self.bn.running_var, input_scale
         found = self.functions(weight, *tensors, room, learned.step, keeps=True)
         assert found is not None  # `serves` says so before
