@@ -87,13 +87,18 @@ class Room(threading.local):
 class RoomOfBackward(Room):
     """The same for tensors of backward, each of which is done with in its node: let go when that backward ends."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._task = -1
+
     def like(self, x: Tensor) -> Tensor:
         """Room for a tensor, which holds anything: fresh memory for one with gaps, or outside of backward."""
-        engine = torch.autograd.Variable._execution_engine
-        if torch._C._current_graph_task_id() == -1:
+        task = torch._C._current_graph_task_id()
+        if task == -1:
             return torch.empty_like(x)
-        if self._values is None:
-            engine.queue_callback(self._let_go)
+        if task != self._task:  # asked of each, as one that fails calls nobody back
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
         found = super().like(x)
         return torch.empty_like(x) if found is None else found
 

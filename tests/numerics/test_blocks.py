@@ -70,10 +70,10 @@ def test_fake_quantize_gives_the_bits_of_the_whole_tensor(
 
 
 class _Doubled(torch.autograd.Function):
-    """Doubles a gradient in a room, and notes where that was."""
+    """Doubles a gradient in a room, and notes where that was; fails where that cannot be noted."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, room: RoomOfBackward, places: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, room: RoomOfBackward, places: list[int] | None) -> Tensor:
         ctx.room, ctx.places = room, places
         return x.clone()
 
@@ -93,6 +93,11 @@ def test_a_room_of_backward_is_shared_by_its_nodes_and_let_go() -> None:
         assert room._values is None
     assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2 * 12.0))
     assert places[0] == places[1] and places[2] == places[3]
+    with pytest.raises(AttributeError):
+        (_Doubled.apply(x, room, None) * torch.ones_like(x)).sum().backward()
+    assert room._values is not None  # which the next one lets go
+    (_Doubled.apply(x, room, places) * torch.ones_like(x)).sum().backward()
+    assert room._values is None
     outside, other = room.like(x), room.like(x)
     assert outside.data_ptr() != other.data_ptr() and room._values is None
 
