@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import qbench
 from qbench.fake_quantize import FakeQuantize
+from qbench.fake_quantize.learned import LearnedFakeQuantize
 from qbench.fake_quantize.producers import codes_of
 from qbench.nn import intrinsic as nni
 from qbench.nn.intrinsic import qat as nniqat
@@ -298,6 +299,17 @@ def test_layers_with_learned_grids_are_one_function(monkeypatch: pytest.MonkeyPa
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     # Of two layers that read one activation, and the one that writes it, all get the same scale.
     assert calls[0].scale is calls[1].input_scale
+
+
+@pytest.mark.parametrize("method", ["lsq", "lsq_plus", "pact"])
+def test_what_was_learned_is_what_is_converted(method: str) -> None:
+    model, _ = trained(learning(method), batches(count=4))
+    assert set(qbench.training_paths(model).layers.values()) == {"native"}
+    scales = [q for q in model.modules() if isinstance(q, LearnedFakeQuantize)]
+    assert all(bool((q.change != 0).any()) for q in scales)
+    program = qbench.convert(model.eval(), example_inputs=(batches()[0],))
+    found, expected = program.module()(batches()[1]), model(batches()[1])
+    assert int((found != expected).sum()) == 0 and len(expected.unique()) > 30
 
 
 def test_learned_grids_train_alike_with_low_memory() -> None:
