@@ -29,8 +29,8 @@ from qbench.numerics.saved_codes import Coded
 KEPT_WEIGHTS, KEPT_WEIGHTS_LOW_MEMORY = 1 << 18, 1 << 13
 
 
-#: For the one `Ŵ/k` that is at work.
-_ROOM = Room()
+#: Of a thread, for the one `Ŵ/k` that is at work.
+ROOM_OF_WEIGHTS = Room()
 
 
 class Learned(NamedTuple):
@@ -235,7 +235,7 @@ class _Layer(torch.autograd.Function):
         *scales: Tensor | None,
     ) -> Tensor:
         again = weight.numel() > (KEPT_WEIGHTS if step.coded is None else KEPT_WEIGHTS_LOW_MEMORY)
-        room = _ROOM.like(weight) if again else None
+        room = ROOM_OF_WEIGHTS.like(weight) if again else None
         learned = Learned(*scales) if scales else NOTHING_LEARNED
         found = step.parameters(weight, bias, gamma, beta, room, learned)
         y = step.linear(x, found.weight, bias)
@@ -263,7 +263,7 @@ class _Layer(torch.autograd.Function):
             x, saved = Coded(x, *saved[:2]).value(), saved[2:]
         step: LayerStep = ctx.step
         if value is None:
-            value = step.parameters.again(weight, ctx.grid, _ROOM.like(weight))
+            value = step.parameters.again(weight, ctx.grid, ROOM_OF_WEIGHTS.like(weight))
         wanted = ctx.needs_input_grad
         of_input, of_step, *of_output = wanted[7:11] or (False,) * 4
         scales_learn = of_input or of_step

@@ -258,7 +258,6 @@ class StraightParameters:
     @classmethod
     def of(cls, folding: Folding, bn: Any, source: FakeQuantize | None, weight: Tensor) -> StraightParameters | None:
         """Those of a layer; None where its parameters are not of this kind."""
-        source = source if source is not None and source.active else None
         if not folding.straight or (source is not None and source.learned):
             return None
         functions = native_parameters(folding, weight, bn.eps) if folding.fast_path else None
@@ -322,7 +321,6 @@ class LearnedParameters:
     @classmethod
     def of(cls, folding: Folding, bn: Any, source: FakeQuantize | None, weight: Tensor) -> LearnedParameters | None:
         """Those of a layer; None where C++ does not serve it."""
-        source = source if source is not None and source.active else None
         functions = native_parameters(folding, weight, bn.eps) if folding.fast_path else None
         return None if functions is None else cls(folding, bn, source, functions)
 

@@ -90,7 +90,8 @@ class Learns:
     def __call__(self, layer: QatLayer, x: Tensor, step: LayerStep) -> Learned | None:
         """What is learned, as it is now; None where tensors are not as C++ expects them."""
         weight, parameters = layer.linear_weight, step.parameters
-        if isinstance(parameters, LearnedParameters) and not parameters.serves(weight, layer.linear_bias):
+        assert isinstance(parameters, LearnedParameters)
+        if not parameters.serves(weight, layer.linear_bias):
             return None
         input_scale = layer.input_scale() if self.of_input else None
         of_weight = layer.weight_quantizer.qparams_of(weight).scale if self.of_weight else None
@@ -112,21 +113,26 @@ def _source_of(layer: QatLayer) -> FakeQuantize | None:
     return layer.sources[0] if layer.sources else None
 
 
+def _active_source(layer: QatLayer) -> FakeQuantize | None:
+    """That of the input where it lies on a grid."""
+    source = _source_of(layer)
+    return source if source is not None and source.active else None
+
+
 def plan_of(layer: QatLayer) -> Plan:
     """What serves a layer as it is now."""
     before, last = layer.pre_activation_quantizer, layer.output_quantizer
-    if before is None:
-        return Plan(_step_of(layer, last, bounds_of(layer.activation_module)), last, None, _learns(layer, last))
-    step, clip = _step_of(layer, before, bounds_of(None)), None
-    if layer.fast_path and leaves_output(layer.activation_module):
+    first, bounds = (last, bounds_of(layer.activation_module)) if before is None else (before, bounds_of(None))
+    learns, clip = _learns(layer, first), None
+    if before is not None and layer.fast_path and leaves_output(layer.activation_module):
         clip = clip_of(bounds_of(None), last, "cpu", layer.low_memory)
-    return Plan(step, before, clip, _learns(layer, before))
+    return Plan(_step_of(layer, first, bounds, learns), first, clip, learns)
 
 
 def _step_of(
-    layer: QatLayer, quantizer: FakeQuantize | None, bounds: tuple[float, float] | None
+    layer: QatLayer, quantizer: FakeQuantize | None, bounds: tuple[float, float] | None, learns: Learns | None
 ) -> LayerStep | None:
-    linear, source = layer.convolution(), _source_of(layer)
+    linear, source = layer.convolution(), _active_source(layer)
     if not layer.uses_batch_statistics() or layer.sources is None:
         return None
     if quantizer is None or linear is None:
@@ -134,7 +140,7 @@ def _step_of(
     bn = TrainingBatchNorm(layer.bn, layer.batch_norm_type, None, None, layer.channel_axis)
     if not bn.plain(layer.linear_weight):
         return None
-    kind = StraightParameters if _learns(layer, quantizer) is None else LearnedParameters
+    kind = StraightParameters if learns is None else LearnedParameters
     parameters = kind.of(layer.folding(), layer.bn, source, layer.linear_weight)
     chain = chain_of(bounds, quantizer)
     in_blocks = None if chain is None else InBlocks(bn, chain)
@@ -146,15 +152,15 @@ def _step_of(
 
 
 def _learns(layer: QatLayer, quantizer: FakeQuantize | None) -> Learns | None:
-    source = _source_of(layer)
-    of_input = source is not None and source.active and source.learned
+    source = _active_source(layer)
+    of_input = source is not None and source.learned
     of_output = quantizer if isinstance(quantizer, LearnedFakeQuantize) else None
     found = Learns(of_input, layer.weight_quantizer.learned, of_output)
     return found if of_input or found.of_weight or of_output is not None else None
 
 
 def _coder(layer: QatLayer, source: FakeQuantize | None) -> Callable[[Tensor], Coded | None] | None:
-    if not layer.low_memory or source is None or not source.active:
+    if not layer.low_memory or source is None:
         return None
     fast = layer.fast_path
     return lambda x: codes_of(x) or encode(x, source.snapshot(), fast_path=fast)

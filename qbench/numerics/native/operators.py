@@ -1,8 +1,8 @@
 """The steps of a layer as operators of PyTorch: what `torch.compile` of a whole model calls in place of tracing them.
 
     qbench::layer_parameters   W, …            →   Ŵ/k, its step, e, silenced channels
-    qbench::layer_forward      y, x̂, W, …      →   the output, what backward needs, and what is remembered
-    qbench::layer_backward     g, y, x̂, W, …   →   gradients to x̂, W, b, γ and β
+    qbench::layer_forward      x̂, W, y, …      →   the output, what backward needs, and what is remembered
+    qbench::layer_backward     g, x̂, W, y, …   →   gradients to x̂, W, b, γ and β
     qbench::clip               v, …            →   the output, where gradients pass, and what is remembered
 
 They write to nothing: what moves comes back as new tensors, which the traced code copies to its place. So they can be
@@ -21,17 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench.numerics.blocks import Room, channels_are_last, dense
+from qbench.numerics.blocks import channels_are_last, dense
 from qbench.numerics.generated_epilogue import Plan
 from qbench.numerics.generated_rounding import Rounding
-from qbench.numerics.layer_step import Convolution
+from qbench.numerics.layer_step import ROOM_OF_WEIGHTS, Convolution
 from qbench.numerics.native.library import library
 from qbench.numerics.native.steps import Clipping, Following, Parameters, Remembered
 from qbench.numerics.qparams import QSpec
 from qbench.numerics.straight_through import round_to_grid
 
 _LIBRARY = torch.library.Library("qbench", "FRAGMENT")
-_ROOM = Room()
 
 # Memory in any order is taken as it comes: otherwise a compiler that reorders convolutions would copy back and forth.
 _ANY_LAYOUT = (torch.Tag.flexible_layout,)
@@ -121,7 +120,7 @@ def _layer_backward(
     rule = _following(0.0, 1.0, -math.inf, math.inf, 8, True, False, None)  # of which backward needs nothing
     in_order = y if y.is_contiguous() or channels_are_last(y) else y.contiguous()
     grad_y, *others = rule.backward(grad, in_order, kept)
-    room = _ROOM.like(weight)
+    room = ROOM_OF_WEIGHTS.like(weight)
     value = torch.empty_like(weight) if room is None else room
     if not _parameters(*codes, 0, 0, 0.0).again(weight, step, value):
         value = round_to_grid(weight, step.view(-1, *[1] * (weight.ndim - 1)), *codes)
@@ -134,7 +133,7 @@ def _layer_backward(
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
     """The same values in the same order of memory as another tensor: what a compiler was told to expect."""
-    return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
+    return value if value.stride() == like.stride() else torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
 def _clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -142,9 +141,7 @@ def _clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     in_order = v if dense(v).is_contiguous() else v.contiguous()
     out = torch.empty_like(in_order)
     mask, _ = _clipping(*rest[4:]).clip(in_order, moved, False, out)
-    if out.stride() != v.stride():
-        out, mask = (torch.empty_like(v, dtype=one.dtype).copy_(one) for one in (out, mask))
-    return out, mask, *moved
+    return _laid_out(out, v), _laid_out(mask, v), *moved
 
 
 def _fake_parameters(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
