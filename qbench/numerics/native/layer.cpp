@@ -27,6 +27,7 @@ constexpr float kSmallestScale = 0x1p-100f;
 constexpr float kSmallestBiasScale = 0x1p-120f;
 constexpr float kLargestStep = 0x1p100f;
 constexpr int64_t kRows = 64;  // so many are summed in float32 where channels are last
+constexpr int64_t kValues = 512;  // so many are worked on at a time where there are no rows
 
 enum Given : int64_t {
     kBias = 1,
@@ -470,10 +471,11 @@ struct Learning {
     float to_scale(float grad, float v, bool* outside) const {
         const float a = at_most(at_least(v, low), high), position = a * inverse, steps = std::rint(position);
         const float code = at_most(at_least(steps, least), most);
-        const bool cut = kGradient == kByBounds ? !((a >= first) & (a <= end)) : code != steps;
-        *outside = cut;
-        if (kGradient == kByBounds) return grad * (cut ? code : 0.0f);
-        return grad * (code - (cut ? 0.0f : position));
+        const float place = kGradient == kByBounds ? a : steps;
+        const bool inside = (place >= first) & (place <= end);  // `code != steps` would be taken for a branch
+        *outside = !inside;
+        if (kGradient == kByBounds) return grad * (inside ? 0.0f : code);
+        return grad * (code - (inside ? position : 0.0f));
     }
 };
 
@@ -731,12 +733,24 @@ void backward_of_rounded_by(const float* grad, const float* v, const Placed& pla
         const float above = placed.above, below = placed.below;
         const Share share(values);
         double to_scale = 0.0, to_zero = 0.0;
+        float of_scale[kValues], of_zero[kValues];  // widened in a loop of its own, or neither is one of vectors
+        for (int64_t start = share.first; start < share.end; start += kValues) {
+            const int64_t count = std::min(kValues, share.end - start);
+            const float *x = v + start, *given = grad + start;
+            float* target = grad_v + start;
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) {
+                const float g = given[i], value = x[i];
+                bool outside;
+                of_scale[i] = learning.to_scale(g, value, &outside);
+                of_zero[i] = outside ? g : 0.0f;
+                target[i] = passed(g, value, above, below);
+            }
 #pragma omp simd reduction(+ : to_scale, to_zero)
-        for (int64_t i = share.first; i < share.end; ++i) {
-            bool outside;
-            to_scale += static_cast<double>(learning.to_scale(grad[i], v[i], &outside));
-            to_zero += static_cast<double>(outside ? grad[i] : 0.0f);
-            grad_v[i] = passed(grad[i], v[i], above, below);
+            for (int64_t i = 0; i < count; ++i) {
+                to_scale += static_cast<double>(of_scale[i]);
+                to_zero += static_cast<double>(of_zero[i]);
+            }
         }
         parts[omp_get_thread_num()] = {0.0, 0.0, to_scale, to_zero};
     }
