@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -127,15 +128,15 @@ class FakeQuantize(nn.Module):
         """`x` on a grid, with this quantizer's gradient. Shape and dtype of `x`."""
         return fake_quantize_ste(x, qparams)
 
-    def note_size(self, x: Tensor) -> None:
-        """In training, take note of what matters of an activation's size. Here: nothing."""
+    def note_size(self, shape: Sequence[int]) -> None:
+        """In training, take note of what matters of an activation's shape. Here: nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (in training), then put `x` on the grid. Shape and dtype of `x`."""
         if self.stateless:
             return self.fake_quantize(x, self.qparams_of(x)) if self.fake_quant_enabled else x
         if self.training:
-            self.note_size(x)
+            self.note_size(x.shape)
             if self.observer_enabled:
                 self._observe(x)
         if not self.fake_quant_enabled:

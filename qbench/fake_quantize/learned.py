@@ -18,15 +18,30 @@ where that is not seen, it costs its time until `disable_observer`, and changes 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qbench.errors import ConfigError, NumericsError
 from qbench.fake_quantize.base import FakeQuantize, is_hooked
-from qbench.numerics.qparams import SMALLEST_SCALE, QParams, QSpec
+from qbench.numerics.qparams import SMALLEST_SCALE, LearnedScale, QParams, QSpec
 from qbench.numerics.straight_through import GridGradient
+
+
+class LearnedGrid(NamedTuple):
+    """A grid per tensor that is learned.
+
+    Attributes:
+        scale: `s`.
+        zero_point: `z` as float32 with its gradient, (); None where it is not learned.
+        place: `z` as it is, int32, ().
+    """
+
+    scale: LearnedScale
+    zero_point: Tensor | None
+    place: Tensor
 
 
 class LearnedFakeQuantize(FakeQuantize):
@@ -138,6 +153,23 @@ class LearnedFakeQuantize(FakeQuantize):
     def scale_in_use(self) -> Tensor:
         """The scale of `snapshot()`."""
         return self.scale_of(self.value())
+
+    # The same for functions that hand gradients to what is learned themselves.
+
+    def learned_scale(self) -> LearnedScale:
+        """The scale of `snapshot()`."""
+        return LearnedScale(self.scale_in_use())
+
+    def learned_scale_of(self, weight: Tensor) -> LearnedScale:
+        """The scale of `qparams_of(weight)`."""
+        return LearnedScale(self.qparams_of(weight).scale)
+
+    def learned_grid(self, shape: Sequence[int]) -> LearnedGrid:
+        """The grid for an activation of this shape."""
+        if self.training:
+            self.note_size(shape)
+        snapshot = self.snapshot()
+        return LearnedGrid(LearnedScale(snapshot.scale), self.zero_point_of(snapshot), snapshot.zero_point)
 
     def _grid(self, scale: Tensor, zero_point: Tensor) -> QParams:
         spec = self.spec

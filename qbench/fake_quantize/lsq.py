@@ -14,24 +14,22 @@ another.
 
 `s` stays positive by reflection at 0 (`learned.positive`): a step that crosses zero is only a step too far.
 
-In eager training on a CPU, `s` is one function of what is learned. That of an activation is asked for by each layer
-that reads or writes the tensor, and as long as none of its numbers has moved they all get the same one, with one
-gradient between them.
+Layers that are one function get `v₀` and `δ` as they are, and hand `δ` its gradient themselves (`learned_scale`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import weakref
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from qbench.fake_quantize.learned import LearnedFakeQuantize, positive
+from qbench.fake_quantize.learned import LearnedFakeQuantize, LearnedGrid, positive
 from qbench.numerics.blocks import at_hand
-from qbench.numerics.qparams import SMALLEST_SCALE, QParams
+from qbench.numerics.qparams import LearnedScale, QParams
 
 
 class LSQ(LearnedFakeQuantize):
@@ -42,6 +40,12 @@ class LSQ(LearnedFakeQuantize):
     """
 
     sharing: Tensor
+    _own_grid: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        names = "scale_of", "gradient_scale", "value", "scale_in_use", "snapshot", "qparams_of", "zero_point_of"
+        cls._own_grid = all(getattr(cls, name) is getattr(LSQ, name) for name in names)
 
     def _add_grid(self) -> None:
         super()._add_grid()
@@ -52,9 +56,9 @@ class LSQ(LearnedFakeQuantize):
         super().fit_to(weight)
         self.sharing.fill_(weight.numel() / max(1, self.start.numel()))
 
-    def note_size(self, x: Tensor) -> None:
+    def note_size(self, shape: Sequence[int]) -> None:
         """`N` is the number of values in one sample."""
-        self.sharing.fill_(math.prod(x.shape[1:]))
+        self.sharing.fill_(math.prod(shape[1:]))
 
     def start_from(self, found: QParams) -> Tensor:
         """The scale."""
@@ -64,25 +68,30 @@ class LSQ(LearnedFakeQuantize):
         """`s = |v|`, whose gradient is multiplied by `g`."""
         return positive(value, self.gradient_scale())
 
-    def scale_in_use(self) -> Tensor:
-        """See `LearnedFakeQuantize.scale_in_use`."""
-        change, spec, kind = self.change, self.spec, type(self)
-        own = kind.scale_of, kind.gradient_scale, kind.value
-        plain = own == (LSQ.scale_of, LSQ.gradient_scale, LSQ.value) and at_hand(change) and at_hand(self.start)
-        if not (plain and change.requires_grad and torch.is_grad_enabled()):
-            return super().scale_in_use()
-        sharing = self.sharing.item()
-        if change.ndim:
-            per_channel = self.gradient_scale() if not (spec.symmetric and spec.signed) else _factor(sharing, spec.qmax)
-            return _Scale.apply(change, self.start, per_channel, weakref.ref(self))
-        zero_point = self.start_zero_point.item()
-        now = self.start.item(), change.item(), zero_point, sharing
-        known = _SHARED.get(self)
-        if known is None or known.now != now or known.change() is not change:
-            factor = _factor(sharing, spec.qmax - int(zero_point))
-            scale = _Scale.apply(change, self.start, factor, weakref.ref(self))
-            known = _SHARED[self] = _Shared(now, weakref.ref(change), scale)
-        return known.scale
+    def learned_scale(self) -> LearnedScale:
+        """See `LearnedFakeQuantize.learned_scale`."""
+        return self._apart() or super().learned_scale()
+
+    def learned_scale_of(self, weight: Tensor) -> LearnedScale:
+        """See `LearnedFakeQuantize.learned_scale_of`."""
+        return self._apart() or super().learned_scale_of(weight)
+
+    def learned_grid(self, shape: Sequence[int]) -> LearnedGrid:
+        """See `LearnedFakeQuantize.learned_grid`."""
+        if self.training:
+            self.note_size(shape)
+        scale = self._apart()
+        return super().learned_grid(shape) if scale is None else LearnedGrid(scale, None, self.start_zero_point)
+
+    def _apart(self) -> LearnedScale | None:
+        """Start and change as they are; None before the first gradient, which has to be noticed, and elsewhere."""
+        change, spec = self.change, self.spec
+        if not self.learning or not self._own_grid or not (at_hand(change) and at_hand(self.start)):
+            return None
+        if change.ndim and not (spec.symmetric and spec.signed):
+            return None
+        zero_point = 0 if change.ndim else int(self.start_zero_point.item())
+        return LearnedScale(change, self.start, _factor(self.sharing.item(), spec.qmax - zero_point))
 
     def gradient_scale(self) -> Tensor:
         """`g`, shape of the scale."""
@@ -90,41 +99,6 @@ class LSQ(LearnedFakeQuantize):
 
 
 @functools.lru_cache(maxsize=4096)
-def _factor(sharing: float, positive_codes: int) -> Tensor:
-    """`g`, (), float32 on a CPU."""
-    return torch.rsqrt(torch.tensor(sharing) * max(1, positive_codes))
-
-
-class _Scale(torch.autograd.Function):
-    """`s = |v₀ + δ|`, at least the smallest scale; tells the quantizer that a gradient has come.
-
-    What it keeps is not freed by a backward: more than one may come through what is shared.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, change: Tensor, start: Tensor, factor: Tensor, quantizer: weakref.ref[LSQ]
-    ) -> Tensor:
-        ctx.value = start + change
-        ctx.factor, ctx.quantizer = factor, quantizer
-        found: Tensor = ctx.value.abs().clamp_(min=SMALLEST_SCALE)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        quantizer = ctx.quantizer()
-        if quantizer is not None and not quantizer.learning:
-            quantizer.learning = True
-        return grads[0] * torch.copysign(ctx.factor, ctx.value), None, None, None
-
-
-class _Shared(NamedTuple):
-    """A scale, and the numbers that it was made of."""
-
-    now: tuple[Any, ...]
-    change: weakref.ref[Tensor]
-    scale: Tensor
-
-
-# By quantizer, and not on it: one that is copied or stored takes no graph along.
-_SHARED: weakref.WeakKeyDictionary[LSQ, _Shared] = weakref.WeakKeyDictionary()
+def _factor(sharing: float, positive_codes: int) -> float:
+    """`g`, which is a float32."""
+    return torch.rsqrt(torch.tensor(sharing) * max(1, positive_codes)).item()

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from qbench.numerics.blocks import dense, in_rows
 from qbench.numerics.generated import BothWays, Generated, Tensors, generated, once
 from qbench.numerics.interval import first_beyond
-from qbench.numerics.qparams import QSpec, choose_qparams, steps_from_zero
+from qbench.numerics.qparams import LearnedScale, QSpec, choose_qparams, steps_from_zero
 from qbench.numerics.straight_through import GridGradient
 
 
@@ -177,17 +177,18 @@ class RoundingCode(Protocol):
 
 
 def round_learned(
-    v: Tensor, grid: tuple[Tensor, Tensor], learned: tuple[Tensor | None, Tensor | None], code: RoundingCode
+    v: Tensor, scale: LearnedScale, zero_point: Tensor | None, place: Tensor, code: RoundingCode
 ) -> Tensor:
     """A clamp and a quantizer whose grid is learned, in one pass each way.
 
     Args:
         v: float32, (rows, …), without gaps in memory; nobody writes to it any more.
-        grid: `s`, float32, and `z`, int32, (), or where the spec has an axis (rows, 1) for `v` of (rows, values).
-        learned: `s` and `z` with their gradient, of the shape of the grid; None where there is none.
+        scale: `s`, (), or where the spec has an axis (rows, 1) for `v` of (rows, values).
+        zero_point: `z` as float32 with its gradient, of the same shape; None where it is not learned.
+        place: `z` as it is, int32, of the same shape.
         code: Of `learned_code`, or of `native.steps.learned_rounding`.
     """
-    out: Tensor = _RoundLearned.apply(v, *learned, grid, code)
+    out: Tensor = _RoundLearned.apply(v, scale.learned, zero_point, scale, place, code)
     return out
 
 
@@ -196,27 +197,28 @@ class _RoundLearned(torch.autograd.Function):
     def forward(
         ctx: Any,
         v: Tensor,
-        scale: Tensor | None,
+        learned: Tensor,
         zero_point: Tensor | None,
-        grid: tuple[Tensor, Tensor],
+        scale: LearnedScale,
+        place: Tensor,
         code: RoundingCode,
     ) -> Tensor:
-        out = torch.empty_like(v)
-        code.forward(in_rows(out), in_rows(v), *grid)
+        out, (value, slope) = torch.empty_like(v), scale.resolved()
+        code.forward(in_rows(out), in_rows(v), value, place)
         ctx.code = code
-        ctx.save_for_backward(v, *grid)
+        ctx.save_for_backward(v, value, place, slope)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        v, *grid = ctx.saved_tensors
+        v, *grid, slope = ctx.saved_tensors
         result = torch.empty_like(v)
         grad = grads[0] if grads[0].stride() == v.stride() else torch.empty_like(v).copy_(grads[0])
-        found = ctx.code.backward(*map(in_rows, (result, grad, v)), *grid)
-        wanted = ctx.needs_input_grad
-        given = (value if needed else None for value, needed in zip(found, wanted[1:3], strict=True))
-        return result if wanted[0] else None, *given, None, None
+        to_scale, to_zero = ctx.code.backward(*map(in_rows, (result, grad, v)), *grid)
+        found = result, to_scale if slope is None else to_scale * slope, to_zero
+        given = (value if needed else None for value, needed in zip(found, ctx.needs_input_grad[:3], strict=True))
+        return *given, None, None, None
 
 
 def round_all(out: Tensor, v: Tensor, scale: Tensor, zero_point: Tensor, rounding: Rounding) -> Tensors:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from qbench.numerics.blocks import Room
 from qbench.numerics.fused import Followed
-from qbench.numerics.qparams import QParams
+from qbench.numerics.qparams import LearnedScale, QParams
 from qbench.numerics.saved_codes import Coded
 
 #: Of more weights than this, Ŵ/k is rounded again in backward; fewer cost less memory than rounding them costs time.
@@ -44,11 +44,16 @@ class Learned(NamedTuple):
         place: `z` as it is where `s` is learned, int32, ().
     """
 
-    input_scale: Tensor | None = None
-    step: Tensor | None = None
-    scale: Tensor | None = None
+    input_scale: LearnedScale | None = None
+    step: LearnedScale | None = None
+    scale: LearnedScale | None = None
     zero_point: Tensor | None = None
     place: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What gets gradients: of the three scales, and the zero point."""
+        scales = (None if one is None else one.learned for one in self[:3])
+        return *scales, self.zero_point
 
 
 NOTHING_LEARNED = Learned()
@@ -145,7 +150,7 @@ class Parameters(Protocol):
         saved: tuple[Tensor | None, ...],
         learns: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients to W, `s_in` and `t`.
+        """Gradients to W, and to what is learned of `s_in` and `t`.
 
         Args:
             grad: That to `Ŵ/k`; may be written to.
@@ -172,7 +177,7 @@ class FollowByPath(Protocol):
         beta: Tensor | None,
         error: Tensor | None,
         silenced: Tensor | None,
-        grid: tuple[Tensor, Tensor] | None = None,
+        grid: tuple[LearnedScale, Tensor] | None = None,
     ) -> Followed:
         """See `Follow`; with `s` and `z` of the output where they are learned."""
         ...
@@ -216,8 +221,8 @@ def layer_step(
         learned: Of the grids, what is learned.
     """
     codes: list[Coded | None] = []
-    scales = () if learned is NOTHING_LEARNED else learned
-    out: Tensor = _Layer.apply(x, weight, bias, gamma, beta, step, codes, *scales)
+    more = () if learned is NOTHING_LEARNED else (learned, *learned.tensors())
+    out: Tensor = _Layer.apply(x, weight, bias, gamma, beta, step, codes, *more)
     return out, codes[0]
 
 
@@ -232,11 +237,11 @@ class _Layer(torch.autograd.Function):
         beta: Tensor | None,
         step: LayerStep,
         codes: list[Coded | None],
-        *scales: Tensor | None,
+        learned: Learned = NOTHING_LEARNED,
+        *_: Tensor | None,
     ) -> Tensor:
         again = weight.numel() > (KEPT_WEIGHTS if step.coded is None else KEPT_WEIGHTS_LOW_MEMORY)
         room = ROOM_OF_WEIGHTS.like(weight) if again else None
-        learned = Learned(*scales) if scales else NOTHING_LEARNED
         found = step.parameters(weight, bias, gamma, beta, room, learned)
         y = step.linear(x, found.weight, bias)
         if y.size(0) == 1 and y.numel() == y.size(1):
@@ -265,7 +270,7 @@ class _Layer(torch.autograd.Function):
         if value is None:
             value = step.parameters.again(weight, ctx.grid, ROOM_OF_WEIGHTS.like(weight))
         wanted = ctx.needs_input_grad
-        of_input, of_step, *of_output = wanted[7:11] or (False,) * 4
+        of_input, of_step, *of_output = wanted[8:] or (False,) * 4
         scales_learn = of_input or of_step
         needed = True, *wanted[3:5], scales_learn, *of_output
         grad_y, grad_gamma, grad_beta, grad_error, *to_grid = ctx.back(grads[0], y, tuple(saved), needed)
@@ -276,7 +281,7 @@ class _Layer(torch.autograd.Function):
             given = grad_weight, grad_error, weight, tuple(found), of_step
             grad_weight, to_input, to_step = step.parameters.backward(*given)
         to_layer = grad_x, grad_weight if wanted[1] else None, grad_bias, grad_gamma, grad_beta, None, None
-        return (*to_layer, to_input if of_input else None, to_step, *to_grid, None) if wanted[7:] else to_layer
+        return (*to_layer, None, to_input if of_input else None, to_step, *to_grid) if wanted[7:] else to_layer
 
 
 def normalized(

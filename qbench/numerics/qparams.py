@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,28 @@ from qbench.numerics.scalars import (
 
 # The smallest scale that is handed out: a range of zero width (a constant tensor) still needs a usable reciprocal.
 SMALLEST_SCALE = 2.0**-100
+
+
+class LearnedScale(NamedTuple):
+    """A scale that is learned, for functions that hand it its gradient themselves: `s`, or `|v₀ + δ|`.
+
+    Attributes:
+        learned: float32, () or (channels,), what gets the gradient: `s` itself, or `δ`.
+        beside: `v₀`, of the same shape; None where `s` itself is learned.
+        factor: Of the gradient to `δ`, which has the sign of `v₀ + δ` as well.
+    """
+
+    learned: Tensor
+    beside: Tensor | None = None
+    factor: float = 1.0
+
+    def resolved(self) -> tuple[Tensor, Tensor | None]:
+        """`s`, and what its gradient is multiplied by on its way to what is learned; both without a gradient."""
+        if self.beside is None:
+            return self.learned.detach(), None
+        value = self.beside + self.learned.detach()
+        return value.abs().clamp_(min=SMALLEST_SCALE), torch.copysign(torch.full_like(value, self.factor), value)
+
 
 # float32 holds every integer up to here.
 _EXACT_FLOAT = 2**24

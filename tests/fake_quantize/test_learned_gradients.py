@@ -5,11 +5,7 @@ The rounding residual is held constant in all of them: that is what the straight
 
 from __future__ import annotations
 
-import copy
-import gc
 import math
-import pickle
-import weakref
 from typing import Any
 
 import numpy as np
@@ -158,68 +154,59 @@ class TestLSQ:
         close(quantizer.change.grad, alone[0] + alone[1])
 
 
-class TestSharedScale:
-    """All layers that read or write an activation get the same scale, as long as none of its numbers moves."""
+class TestScaleInParts:
+    """What functions get that hand the gradient to `δ` themselves: `v₀` and `δ`, from the first gradient on."""
 
-    def made(self) -> Any:
-        quantizer = made(LSQ, QSpec())
-        quantizer(data())
-        quantizer(data()).sum().backward()
-        quantizer.zero_grad()
-        return quantizer
-
-    def test_it_is_the_same_until_something_moves(self) -> None:
-        quantizer = self.made()
-        scale = quantizer.snapshot().scale
-        assert quantizer.snapshot().scale is scale and quantizer.scale_in_use() is scale
-        quantizer.change.data.add_(0.25)  # no version tells of this
-        moved = quantizer.snapshot().scale
-        assert torch.equal(moved.detach(), quantizer.start + quantizer.change) and not torch.equal(moved, scale)
-        quantizer.start.add_(0.25)
-        assert torch.equal(quantizer.scale_in_use().detach(), quantizer.start + quantizer.change)
-        with torch.no_grad():
-            assert not quantizer.scale_in_use().requires_grad
-        quantizer.change.requires_grad_(False)
-        assert not quantizer.scale_in_use().requires_grad
-
-    def test_more_than_one_backward_comes_through(self) -> None:
-        quantizer = self.made()
-        first, second = (quantizer(data(seed)).square().sum() for seed in (1, 2))
-        first.backward()
-        alone = quantizer.change.grad.clone()
-        second.backward()
-        both = quantizer.change.grad.clone()
-        quantizer.zero_grad()
-        (quantizer(data(1)).square().sum() + quantizer(data(2)).square().sum()).backward()
-        assert alone != 0 and both != alone
-        torch.testing.assert_close(quantizer.change.grad, both)
-
-    @pytest.mark.parametrize("axis", [None, 0])
-    def test_its_gradient_is_that_of_the_definition(self, axis: int | None) -> None:
-        quantizer: Any = made(LSQ, QSpec(symmetric=True, axis=axis))
+    def made(self, axis: int | None = None) -> Any:
+        quantizer: Any = made(LSQ, QSpec(symmetric=axis is not None, axis=axis))
         quantizer.fit_to(data())
         quantizer(data())
-        with torch.no_grad():
-            quantizer.change.sub_(1.5 * quantizer.start)  # beyond 0: reflected
-        weights = torch.linspace(-1.0, 2.0, quantizer.change.numel()).view(quantizer.change.shape)
-        found = []
-        for scale in (quantizer.scale_in_use(), quantizer.scale_of(quantizer.value())):
-            quantizer.zero_grad()
-            (scale * weights).sum().backward()
-            found.append((scale.detach(), quantizer.change.grad.clone()))
-        assert all(map(torch.equal, *found)) and quantizer.learning and bool((found[0][1] != 0).any())
+        return quantizer
 
-    def test_a_quantizer_is_copied_stored_and_forgotten_as_before(self) -> None:
+    @pytest.mark.parametrize("axis", [None, 0])
+    def test_it_is_the_scale_and_has_its_gradient(self, axis: int | None) -> None:
+        quantizer = self.made(axis)
+        quantizer(data()).sum().backward()
+        with torch.no_grad():  # some lie beyond 0: reflected
+            share = torch.linspace(1.5, 0.2, quantizer.change.numel()).view_as(quantizer.start)
+            quantizer.change.sub_(share * quantizer.start)
+        scale = quantizer.learned_scale()
+        assert scale.learned is quantizer.change and scale.beside is quantizer.start
+        value, slope = scale.resolved()
+        assert torch.equal(value, quantizer.scale) and bool((value > 0).all())
+        quantizer.zero_grad()
+        weights = torch.linspace(-1.0, 2.0, value.numel()).view_as(value)
+        (quantizer.scale_in_use() * weights).sum().backward()
+        assert torch.equal(quantizer.change.grad, weights * slope) and bool((slope != 0).all())
+
+    def test_before_a_gradient_has_come_it_is_one_that_tells_of_it(self) -> None:
         quantizer = self.made()
-        scale = quantizer.scale_in_use()
-        other = pickle.loads(pickle.dumps(copy.deepcopy(quantizer)))
-        other.scale_in_use().backward()
-        assert other.change.grad is not None and quantizer.change.grad is None
-        gone = weakref.ref(quantizer)
-        del quantizer
-        gc.collect()
-        assert gone() is None and scale.requires_grad
-        scale.backward()
+        scale = quantizer.learned_scale()
+        assert scale.beside is None and scale.learned.grad_fn is not None and scale.resolved()[1] is None
+        assert not quantizer.learning
+        scale.learned.backward()
+        assert quantizer.learning and quantizer.learned_scale().beside is quantizer.start
+        quantizer.change.data.add_(0.25)  # no version tells of this
+        assert torch.equal(quantizer.learned_scale().resolved()[0], quantizer.scale)
+
+    def test_what_has_another_grid_hands_over_its_own_scale(self) -> None:
+        class Halved(LSQ):
+            def scale_of(self, value: Tensor) -> Tensor:
+                return super().scale_of(value) / 2
+
+        for kind in (Halved, LSQPlus):
+            quantizer: Any = made(kind, SPECS["uint4"], MovingAverageMinMaxObserver)
+            quantizer(data()).sum().backward()
+            grid = quantizer.learned_grid((2, 3, 4))
+            assert quantizer.learning and grid.scale.beside is None and torch.equal(grid.scale.learned, quantizer.scale)
+            assert torch.equal(grid.place, quantizer.zero_point) and (grid.zero_point is None) == (kind is Halved)
+
+    def test_a_grid_has_the_size_of_its_activation(self) -> None:
+        quantizer = self.made()
+        quantizer(data()).sum().backward()
+        for shape in ((8, 3, 5), (2, 7)):
+            factor = quantizer.learned_grid(shape).scale.factor
+            assert quantizer.sharing.item() == math.prod(shape[1:]) and factor == quantizer.gradient_scale().item()
 
 
 class TestLSQPlus:

@@ -27,7 +27,7 @@ from qbench.fake_quantize.producers import producer_of
 from qbench.nn.frozen import known_types
 from qbench.nn.ops import spread
 from qbench.nn.qat.compiled_step import Grid, clip_rule_of, compiled_clip
-from qbench.nn.qat.epilogue import ClipByCode, ClipByNative, clip_of, epilogue, fused_epilogue, generated_epilogue
+from qbench.nn.qat.epilogue import Clip, clip_of, epilogue, fused_epilogue, generated_epilogue
 from qbench.nn.qat.prepared import prepared
 from qbench.numerics.blocks import at_hand
 from qbench.numerics.generated import DEVICES
@@ -314,7 +314,7 @@ class QatOp(QatModule):
     clip_rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _clip_of(op: QatOp, bounds: tuple[float, float], device: str) -> ClipByNative | ClipByCode | None:
+def _clip_of(op: QatOp, bounds: tuple[float, float], device: str) -> Clip | None:
     return clip_of(bounds, op.output_quantizer, device, op.low_memory)
 
 

@@ -35,6 +35,7 @@ from qbench.numerics.generated_rounding import RoundingCode, clip_code, clip_qua
 from qbench.numerics.interval import is_served
 from qbench.numerics.layer_step import Follow, normalized
 from qbench.numerics.native.steps import Clipping, Following, Remembered, clipping, following, learned_rounding
+from qbench.numerics.qparams import LearnedScale
 from qbench.observers import Observer
 
 Step = Callable[[Tensor], Tensor]
@@ -88,56 +89,26 @@ def generated_epilogue(
     """
     if quantizer is None or not at_hand(y, DEVICES):
         return None
-    learned = quantizer if isinstance(quantizer, LearnedFakeQuantize) else None
-    if bn is None and learned is None:
+    if bn is None:
         clip = clip_of(bounds, quantizer, y.device.type)
         clipped = None if clip is None else clip(y)
         return None if clip is None or clipped is None else (clipped, clip.path)
     rounding = rounding_of(bounds, quantizer, y.device.type)
-    if rounding is None:
+    if rounding is None or not _is_plain(bn, y):
         return None
-    if bn is not None:
-        if not _is_plain(bn, y):
-            return None
-        chain = chain_of(bounds, quantizer)
-        follow = fastest(bn, quantizer, rounding, None if chain is None else InBlocks(bn, chain))
-        if isinstance(follow, ByCode) and follow.code(y) is None:
-            return None
-        if learned is not None and channels_are_last(y) is None:
-            return None
-        if learned is None:
-            out = _normalized(y, bn, follow)
-        else:
-            grid, gradients = learned_grid(y, learned)
-            out = learned.regularized(_normalized(y, bn, functools.partial(follow, grid=grid), *gradients))
-        return note_producer(out, quantizer), follow.path
-    assert learned is not None
-    if not dense(y).is_contiguous():
+    chain = chain_of(bounds, quantizer)
+    follow = fastest(bn, quantizer, rounding, None if chain is None else InBlocks(bn, chain))
+    if isinstance(follow, ByCode) and follow.code(y) is None:
         return None
-    code: RoundingCode | None = learned_rounding(*rounding) if _on_cpu(rounding) else None
-    path = "generated" if code is None else "native"
-    if code is None:
-        generated = learned_code(*rounding)
-        if not generated.ready():
-            return None
-        code = generated
-    out = learned.regularized(round_learned(y, *learned_grid(y, learned), code))
-    return note_producer(out, quantizer), path
-
-
-def learned_grid(
-    y: Tensor, quantizer: LearnedFakeQuantize
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None]]:
-    """The grid for `y`, `s` and `z`, and the same with their gradients.
-
-    Args:
-        y: Of which the shape matters.
-        quantizer: What it goes through.
-    """
-    if quantizer.training:
-        quantizer.note_size(y)
-    snapshot = quantizer.snapshot()
-    return (snapshot.scale.detach(), snapshot.zero_point), (snapshot.scale, quantizer.zero_point_of(snapshot))
+    if not isinstance(quantizer, LearnedFakeQuantize):
+        out = _normalized(y, bn, follow)
+    elif channels_are_last(y) is None:
+        return None
+    else:
+        scale, zero_point, place = quantizer.learned_grid(y.shape)
+        by_grid = functools.partial(follow, grid=(scale, place))
+        out = quantizer.regularized(_normalized(y, bn, by_grid, scale.learned, zero_point))
+    return note_producer(out, quantizer), follow.path
 
 
 def _is_plain(bn: TrainingBatchNorm, y: Tensor) -> bool:
@@ -199,7 +170,7 @@ class InBlocks:
         beta: Tensor | None,
         error: Tensor | None,
         silenced: Tensor | None,
-        grid: tuple[Tensor, Tensor] | None = None,
+        grid: tuple[LearnedScale, Tensor] | None = None,
     ) -> fused.Followed:
         """See `FollowByPath`; not for grids that are learned."""
         bn = dataclasses.replace(self.bn, error=error, silenced=silenced)
@@ -249,7 +220,7 @@ class ByCode:
         beta: Tensor | None,
         error: Tensor | None,
         silenced: Tensor | None,
-        grid: tuple[Tensor, Tensor] | None = None,
+        grid: tuple[LearnedScale, Tensor] | None = None,
     ) -> fused.Followed:
         """See `Follow`; with the grid where that is learned."""
         code, quantizer = self.code(y), self._quantizer
@@ -257,15 +228,18 @@ class ByCode:
             assert self._otherwise is not None
             self.path = self._otherwise.path
             return self._otherwise(y, gamma, beta, error, silenced)
+        slope = None
         if grid is None:
             moved = Moved(
                 self._bn.count(), silenced, quantizer.scale, quantizer.zero_point, observed_state(quantizer)
             )
             _note_data(quantizer)
         else:
-            moved = Moved(self._bn.count(), silenced, *grid, ())
+            scale, slope = grid[0].resolved()
+            moved = Moved(self._bn.count(), silenced, scale, grid[1], ())
         self.path = "generated"
-        return normalize_clip_quantize(y, gamma, beta, error, moved, code, self._low_memory)
+        followed = normalize_clip_quantize(y, gamma, beta, error, moved, code, self._low_memory)
+        return followed if slope is None else followed._replace(backward=_through(followed.backward, slope))
 
 
 class ByNative:
@@ -301,7 +275,7 @@ class ByNative:
         beta: Tensor | None,
         error: Tensor | None,
         silenced: Tensor | None,
-        grid: tuple[Tensor, Tensor] | None = None,
+        grid: tuple[LearnedScale, Tensor] | None = None,
     ) -> fused.Followed:
         """See `Follow`; with the grid where that is learned."""
         bn, quantizer = self._holder, self._quantizer
@@ -310,10 +284,10 @@ class ByNative:
             scale, zero_point = own["scale"], own["zero_point"]
             low, high = observed.get("min_val", scale), observed.get("max_val", scale)
             assert scale is not None and zero_point is not None and low is not None and high is not None
+            state: Any = low, high, scale, zero_point
         else:
-            low = high = scale = grid[0]
-            zero_point = grid[1]
-        to = Remembered(bn.running_mean, bn.running_var, bn.num_batches_tracked, low, high, scale, zero_point)
+            state = grid[0].learned, grid[0].learned, *grid
+        to = Remembered(bn.running_mean, bn.running_var, bn.num_batches_tracked, *state)
         found = self._steps.forward(y, gamma, beta, error, silenced, to, self._low_memory)
         if found is None:
             followed = self._otherwise(y, gamma, beta, error, silenced, grid)
@@ -350,6 +324,16 @@ def _native_backward(
     # The gradient to e, which is added to β, is that to β.
     others = grad_gamma, grad_beta, grad_beta, *(to_grid or (None, None))
     return grad_y, *(value if asked else None for value, asked in zip(others, wanted[1:], strict=True))
+
+
+def _through(backward: fused.Backward, slope: Tensor) -> fused.Backward:
+    """A backward whose gradient to `s` goes on to what is learned of it."""
+
+    def found(*given: Any) -> tuple[Tensor | None, ...]:
+        *others, to_scale, to_zero = backward(*given)
+        return *others, None if to_scale is None else to_scale * slope, to_zero
+
+    return found
 
 
 def _note_data(quantizer: FakeQuantize) -> None:
@@ -413,9 +397,36 @@ class ClipByNative:
         return note_producer(found[0], quantizer, found[1])
 
 
+@dataclasses.dataclass(frozen=True)
+class ClipLearned:
+    """An activation that clamps and a quantizer that learns its grid.
+
+    Attributes:
+        quantizer: The quantizer.
+        code: Of `learned_rounding` or `learned_code`.
+        path: Which of the two it is.
+    """
+
+    quantizer: LearnedFakeQuantize
+    code: RoundingCode
+    path: str
+
+    def __call__(self, y: Tensor) -> Tensor | None:
+        """`y`, float32, on the grid; None where it has gaps in memory."""
+        if not dense(y).is_contiguous():
+            return None
+        quantizer = self.quantizer
+        out = quantizer.regularized(round_learned(y, *quantizer.learned_grid(y.shape), self.code))
+        return note_producer(out, quantizer)
+
+
+#: What puts an activation that clamps, and the quantizer behind it, to a tensor.
+Clip = ClipByNative | ClipByCode | ClipLearned
+
+
 def clip_of(
     bounds: tuple[float, float] | None, quantizer: FakeQuantize | None, device: str, low_memory: bool = False
-) -> ClipByNative | ClipByCode | None:
+) -> Clip | None:
     """An activation that clamps and a quantizer by the fastest code that there is; None where there is none.
 
     Args:
@@ -425,8 +436,14 @@ def clip_of(
         low_memory: Whether to write down the codes of the output, where that can be done.
     """
     rounding = None if quantizer is None else rounding_of(bounds, quantizer, device)
-    if quantizer is None or rounding is None or quantizer.learned:
+    if quantizer is None or rounding is None:
         return None
+    if isinstance(quantizer, LearnedFakeQuantize):
+        code = learned_rounding(*rounding) if _on_cpu(rounding) else None
+        if code is not None:
+            return ClipLearned(quantizer, code, "native")
+        other = learned_code(*rounding)
+        return ClipLearned(quantizer, other, "generated") if other.ready() else None
     generated = ClipByCode(quantizer, clip_code(*rounding))
     steps = clipping(*rounding) if _on_cpu(rounding) else None
     if steps is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.fake_quantize.base import is_hooked
 from qbench.fake_quantize.bias import BiasSpec
-from qbench.fake_quantize.learned import LearnedFakeQuantize
+from qbench.fake_quantize.learned import LearnedFakeQuantize, positive
 from qbench.nn.qat.parameters import Folding, bias_error, rounding_code, training_parameters
 from qbench.numerics.bias import WIDEST_STORED_BITS
 from qbench.numerics.blocks import at_hand, channels_are_last, from_memory_order, in_memory_order, in_rows
@@ -25,7 +25,7 @@ from qbench.numerics.generated import DEVICES, Generated, Tensors, generated, sa
 from qbench.numerics.layer_step import NOTHING_LEARNED, Learned, TrainingParameters
 from qbench.numerics.native import steps as native
 from qbench.numerics.native.library import library, trusted
-from qbench.numerics.qparams import SMALLEST_SCALE, QParams, QSpec
+from qbench.numerics.qparams import SMALLEST_SCALE, LearnedScale, QParams, QSpec
 from qbench.numerics.straight_through import round_to_grid, straight_through
 from qbench.observers import LatestMinMaxObserver
 
@@ -79,30 +79,31 @@ def _learned_parameters(spec: QSpec, bias: BiasSpec | None, eps: float) -> nativ
     if found is None:
         return None
     with torch.enable_grad():
-        return trusted(found, all(same_bits(*pair) for pair in _learned_by_both(found, spec, bias, eps)))
+        pairs = (pair for apart in (False, True) for pair in _learned_by_both(found, spec, bias, eps, apart))
+        return trusted(found, all(same_bits(*pair) for pair in pairs))
 
 
 def _learned_by_both(
-    functions: native.Parameters, spec: QSpec, bias: BiasSpec | None, eps: float
+    functions: native.Parameters, spec: QSpec, bias: BiasSpec | None, eps: float, apart: bool
 ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """What C++ and PyTorch's operators make of a sample, forward and backward."""
+    """What C++ and PyTorch's operators make of a sample, forward and backward, of scales as they are or kept apart."""
     weight, b, gamma, beta, mean, var, input_scale = _sample(None, eps, "cpu")
     assert weight is not None and mean is not None and var is not None and input_scale is not None
     step = (0.7 * weight.abs().amax(1) / spec.qmax).clamp(min=SMALLEST_SCALE)
+    # Of those that are kept apart, some lie beyond 0.
+    turned = torch.where(torch.arange(len(step)) % 3 == 0, -step, step)
+    learned_step, given_step = _learned_scale(turned if apart else step, apart)
+    learned_input, given_input = (None, None) if bias is None else _learned_scale(input_scale, apart)
     quantizer = _Given(spec, LatestMinMaxObserver(spec))
     quantizer.fit_to(weight)
-    quantizer.given = step = step.requires_grad_()
+    quantizer.given = given_step
     folding = Folding(WeightLayout(), quantizer, None if bias is None else BiasQuantizer(bias))
     weight.requires_grad_()
-    sources = [weight, step]
-    if bias is None:
-        input_scale = None
-    else:
-        sources.append(input_scale.requires_grad_())
-    wanted = training_parameters(folding, weight, b, BatchNormTensors(gamma, beta, mean, var, eps), input_scale)
-    given = b, gamma, beta, mean, var, input_scale
+    sources = [weight, *(one.learned for one in (learned_step, learned_input) if one is not None)]
+    wanted = training_parameters(folding, weight, b, BatchNormTensors(gamma, beta, mean, var, eps), given_input)
+    given = b, gamma, beta, mean, var, learned_input
     with torch.no_grad():
-        found = functions(weight, *given, None, step, keeps=True)
+        found = functions(weight, *given, None, learned_step, keeps=True)
     assert found is not None and found.kept is not None and wanted.qparams is not None
     yield found.value, wanted.weight
     yield found.step, wanted.qparams.scale
@@ -118,10 +119,20 @@ def _learned_by_both(
         by_operators = torch.autograd.grad(ends, sources, [grad, grad_error][: len(ends)], retain_graph=True)
         with torch.no_grad():
             to_error = None if wanted.error is None else grad_error
-            ours = functions.backward(grad.clone(), weight, found.step, to_error, found.kept, input_scale, True)
+            ours = functions.backward(grad.clone(), weight, found.step, to_error, found.kept, True)
         # A gradient that is cut off may keep its sign in a zero, or not.
         pairs = zip(ours, by_operators, strict=False)
         yield from ((one + 0.0, other + 0.0) for one, other in pairs if one is not None)
+
+
+def _learned_scale(value: Tensor, apart: bool) -> tuple[LearnedScale, Tensor]:
+    """A scale for C++, and the same for PyTorch's operators, with its gradient."""
+    if not apart:
+        scale = value.requires_grad_()
+        return LearnedScale(scale), scale
+    start, factor = 0.5 * value.abs(), 0.375
+    change = (value - start).requires_grad_()
+    return LearnedScale(change, start, factor), positive(start + change, torch.full_like(value, factor))
 
 
 class _Given(LearnedFakeQuantize):
@@ -339,14 +350,14 @@ class LearnedParameters:
         learned: Learned = NOTHING_LEARNED,
     ) -> TrainingParameters:
         """See `qbench.numerics.layer_step.Parameters`."""
-        input_scale = learned.input_scale
+        input_scale: Tensor | LearnedScale | None = learned.input_scale
         if input_scale is None and self.source is not None:
             input_scale = self.source.scale.float()
         tensors = bias, gamma, beta, self.bn.running_mean, self.bn.running_var, input_scale
         found = self.functions(weight, *tensors, room, learned.step, keeps=True)
         assert found is not None  # `serves` says so before
         grid = None if room is None else _grid_of(found.step, self.folding)
-        saved = found.step, found.kept, None if found.error is None else input_scale
+        saved = found.step, found.kept, found.error
         return TrainingParameters(found.value, grid, found.error, found.silenced, saved)
 
     def again(self, weight: Tensor, qparams: QParams, room: Tensor | None = None) -> Tensor:
@@ -359,12 +370,10 @@ class LearnedParameters:
         self, grad: Tensor, grad_error: Tensor | None, weight: Tensor, saved: tuple[Tensor | None, ...], learns: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See `qbench.numerics.layer_step.Parameters`."""
-        step, kept, input_scale = saved
+        step, kept, error = saved
         assert step is not None and kept is not None
-        grad_error = None if input_scale is None else grad_error
-        grad_weight, grad_step, grad_input = self.functions.backward(
-            grad, weight, step, grad_error, kept, input_scale, learns
-        )
+        to_error = None if error is None else grad_error
+        grad_weight, grad_step, grad_input = self.functions.backward(grad, weight, step, to_error, kept, learns)
         return grad_weight, grad_input, grad_step
 
 

@@ -21,7 +21,7 @@ from qbench.numerics.generated import DEVICES, BothWays
 from qbench.numerics.generated_rounding import learned_code, round_learned
 from qbench.numerics.layer_step import TrainingParameters
 from qbench.numerics.native.steps import round_weight, weight_rounding
-from qbench.numerics.qparams import QParams
+from qbench.numerics.qparams import LearnedScale, QParams
 from qbench.numerics.weights import WeightGrid, folded_grid, moving_grid
 
 
@@ -139,9 +139,8 @@ def _fast_rounding(weight: Tensor, grid: QParams, quantizer: FakeQuantize) -> Te
     last, code = channels_are_last(weight), rounding_code(weight, grid, quantizer)
     if last is None or code is None:
         return None
-    scale, zero_point = grid.scale[:, None], grid.zero_point[:, None]
-    rows = in_memory_order(weight, last).flatten(1)
-    return from_memory_order(round_learned(rows, (scale.detach(), zero_point), (scale, None), code), weight, last)
+    rows, scale = in_memory_order(weight, last).flatten(1), LearnedScale(grid.scale[:, None])
+    return from_memory_order(round_learned(rows, scale, None, grid.zero_point[:, None], code), weight, last)
 
 
 def rounding_code(weight: Tensor, grid: QParams, quantizer: FakeQuantize) -> BothWays | None:

@@ -15,14 +15,12 @@ from qbench.fake_quantize.producers import codes_of, note_producer
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.epilogue import (
     ByNative,
-    ClipByCode,
-    ClipByNative,
+    Clip,
     InBlocks,
     bounds_of,
     chain_of,
     clip_of,
     fastest,
-    learned_grid,
     leaves_output,
     rounding_of,
 )
@@ -69,22 +67,22 @@ class Plan(NamedTuple):
 
     step: LayerStep | None
     quantizer: FakeQuantize | None
-    clip: ClipByNative | ClipByCode | None = None
+    clip: Clip | None = None
     learns: Learns | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Learns:
-    """Which of the grids at a layer are learned.
+    """The quantizers at a layer that learn their grid; None for one that does not.
 
     Attributes:
-        of_input: Whether that of the input is.
-        of_weight: Whether that of the weight is.
-        of_output: The quantizer of the output where it is; else None.
+        of_input: That of the input.
+        of_weight: That of the weight.
+        of_output: That of the output.
     """
 
-    of_input: bool
-    of_weight: bool
+    of_input: LearnedFakeQuantize | None
+    of_weight: LearnedFakeQuantize | None
     of_output: LearnedFakeQuantize | None
 
     def __call__(self, layer: QatLayer, x: Tensor, step: LayerStep) -> Learned | None:
@@ -93,14 +91,11 @@ class Learns:
         assert isinstance(parameters, LearnedParameters)
         if not parameters.serves(weight, layer.linear_bias):
             return None
-        input_scale = layer.input_scale() if self.of_input else None
-        of_weight = layer.weight_quantizer.qparams_of(weight).scale if self.of_weight else None
+        input_scale = None if self.of_input is None else self.of_input.learned_scale()
+        of_weight = None if self.of_weight is None else self.of_weight.learned_scale_of(weight)
         if self.of_output is None:
             return Learned(input_scale, of_weight)
-        # Of the output, the quantizer needs to know its size.
-        like_output = torch.empty(step.linear.output_shape(x, weight), device="meta")
-        (_, place), gradients = learned_grid(like_output, self.of_output)
-        return Learned(input_scale, of_weight, *gradients, place)
+        return Learned(input_scale, of_weight, *self.of_output.learned_grid(step.linear.output_shape(x, weight)))
 
 
 def _others(layer: QatLayer) -> tuple[nn.Module | None, ...]:
@@ -152,11 +147,9 @@ def _step_of(
 
 
 def _learns(layer: QatLayer, quantizer: FakeQuantize | None) -> Learns | None:
-    source = _active_source(layer)
-    of_input = source is not None and source.learned
-    of_output = quantizer if isinstance(quantizer, LearnedFakeQuantize) else None
-    found = Learns(of_input, layer.weight_quantizer.learned, of_output)
-    return found if of_input or found.of_weight or of_output is not None else None
+    there = _active_source(layer), layer.weight_quantizer, quantizer
+    learning = [one if isinstance(one, LearnedFakeQuantize) else None for one in there]
+    return Learns(*learning) if any(one is not None for one in learning) else None
 
 
 def _coder(layer: QatLayer, source: FakeQuantize | None) -> Callable[[Tensor], Coded | None] | None:

@@ -44,6 +44,8 @@ enum Given : int64_t {
     kLearns = 2048,
     kKeeps = 4096,
     kZero = 8192,
+    kApart = 16384,
+    kInputApart = 32768,
 };
 
 double double_of(int64_t bits) {
@@ -68,6 +70,18 @@ float at_least(float x, float low) { return x < low ? low : x; }
 float at_most(float x, float high) { return x > high ? high : x; }
 float larger(float a, float b) { return a >= b || a != a ? a : b; }
 float smaller(float a, float b) { return a <= b || a != a ? a : b; }
+
+// A scale: as it is, or |v₀ + δ| where start and change are kept apart; and what a gradient is multiplied by on its way
+// to what is learned.
+struct Scale {
+    float value, slope;
+    Scale(float learned, float beside, float factor, bool apart) : value(learned), slope(1.0f) {
+        if (!apart) return;
+        const float sum = learned + beside;
+        value = at_least(std::fabs(sum), kSmallestScale);
+        slope = std::copysign(factor, sum);
+    }
+};
 
 // Rows are shared out among threads; each gets those from `first` to `end`.
 struct Share {
@@ -111,17 +125,25 @@ struct BiasCode {
 };
 
 // Ŵ/k and e, or without a BatchNorm Ŵ and b̂; from the range of W, or from steps that are learned. What their backward
-// needs, (4, channels) at `kept`: the folded bias, s_w, ∂s_w/∂step, and ∂step/∂(the step that is learned).
+// needs, (4, channels) at `kept`: the folded bias, s_w, ∂s_w/∂step, and ∂step/∂(what is learned of it); then `s_in`, and
+// ∂s_in/∂(what is learned of it).
 void parameters(const float* weight, const float* bias, const float* gamma, const float* beta, const float* mean,
-                const float* var, const float* input_scale, const float* learned, int64_t given, int64_t channels,
-                int64_t values, int64_t eps, int64_t qmin, int64_t qmax, int64_t bias_bits, int64_t code_limit,
+                const float* var, const float* input_scale, const float* beside_input, const float* learned,
+                const float* beside, int64_t given, int64_t channels, int64_t values, int64_t eps, int64_t qmin,
+                int64_t qmax, int64_t bias_bits, int64_t code_limit, float input_factor, float factor_of_step,
                 float* value, float* step, float* error, bool* silenced, float* kept) {
     const bool normalized = given & kBatchNorm;
+    const Scale input(*input_scale, *beside_input, input_factor, given & kInputApart);
+    if (given & kKeeps) {
+        kept[4 * channels] = input.value;
+        kept[4 * channels + 1] = input.slope;
+    }
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < channels; ++c) {
         const float* row = weight + c * values;
+        const Scale given_step(learned[c], beside[c], factor_of_step, given & kApart);
         const float own = given & kLearns
-                              ? learned[c]
+                              ? given_step.value
                               : at_least(largest_of(row, values) / static_cast<float>(qmax), kSmallestScale);
         float factor = 1.0f, folded = given & kBias ? bias[c] : 0.0f;
         if (normalized) {
@@ -134,10 +156,10 @@ void parameters(const float* weight, const float* bias, const float* gamma, cons
         float scale = 0.0f, through = 0.0f, share = found == own ? 1.0f : 0.0f;
         silenced[c] = false;
         if (given & kInputScale) {
-            const double room = static_cast<double>(code_limit) * static_cast<double>(*input_scale);
+            const double room = static_cast<double>(code_limit) * static_cast<double>(input.value);
             const double needed = std::fabs(static_cast<double>(folded)) / room;
             float floor = std::nextafter(static_cast<float>(needed), kInfinity) * (needed > 0 ? 1.0f : 0.0f);
-            floor = larger(floor, kSmallestBiasScale / *input_scale);
+            floor = larger(floor, kSmallestBiasScale / input.value);
             if (normalized) {
                 const float size = std::fabs(factor);
                 const bool live = size > 0;
@@ -158,7 +180,7 @@ void parameters(const float* weight, const float* bias, const float* gamma, cons
                 through = 1.0f;
                 share = own < floor ? 0.0f : own == floor ? 0.5f : 1.0f;
             }
-            const float bias_scale = *input_scale * scale;
+            const float bias_scale = input.value * scale;
             const float rounded = static_cast<float>(BiasCode(folded, bias_scale, bias_bits).code + 0.0) * bias_scale;
             error[c] = normalized ? rounded - folded : rounded;
         }
@@ -167,7 +189,7 @@ void parameters(const float* weight, const float* bias, const float* gamma, cons
             kept[c] = folded;
             kept[channels + c] = scale;
             kept[2 * channels + c] = through;
-            kept[3 * channels + c] = share;
+            kept[3 * channels + c] = share * given_step.slope;
         }
         round_row(row, values, found, static_cast<float>(qmin), static_cast<float>(qmax), value + c * values);
     }
@@ -402,38 +424,41 @@ void quantize_all(const float* y, int64_t outer, int64_t channels, int64_t inner
     }
 }
 
-// The activation of α·y + β' on the grid. Behind `kept` come: between which values gradients pass, `s`, and what stands
-// for zero in the codes, which are `lowered` by so much.
-void quantize(const float* y, float* kept, const float* scale, const int32_t* zero_point, int64_t given, int64_t outer,
+// The activation of α·y + β' on the grid. Behind `kept` come: ∂s/∂(what is learned of it), between which values gradients
+// pass, `s`, and what stands for zero in the codes, which are `lowered` by so much.
+void quantize(const float* y, float* kept, const Scale scale, const int32_t* zero_point, int64_t given, int64_t outer,
               int64_t channels, int64_t inner, int64_t last, float low, float high, int64_t qmin, int64_t qmax,
               int64_t lowered, float* out, int8_t* codes) {
     const float *factor = kept + 2 * channels, *constant = kept + 3 * channels;
-    const Placed placed(*scale, *zero_point, low, high, qmin, qmax, lowered, given & kBounds);
+    const Placed placed(scale.value, *zero_point, low, high, qmin, qmax, lowered, given & kBounds);
     const Grid& grid = placed.grid;
     float* more = kept + 4 * channels;
-    more[0] = placed.above;
-    more[1] = placed.below;
-    more[2] = grid.scale;
-    more[3] = placed.zero;
+    more[0] = scale.slope;
+    more[1] = placed.above;
+    more[2] = placed.below;
+    more[3] = grid.scale;
+    more[4] = placed.zero;
     if (given & kCodes)
-        quantize_all<true>(y, outer, channels, inner, last, factor, constant, grid, more[3], out, codes);
+        quantize_all<true>(y, outer, channels, inner, last, factor, constant, grid, placed.zero, out, codes);
     else
-        quantize_all<false>(y, outer, channels, inner, last, factor, constant, grid, more[3], out, codes);
+        quantize_all<false>(y, outer, channels, inner, last, factor, constant, grid, placed.zero, out, codes);
 }
 
 // What follows a convolution: the three of them, one after the other.
 void forward(const float* y, const float* gamma, const float* beta, const float* error, const bool* silenced,
              float* running_mean, float* running_var, int64_t* batches, float* min_val, float* max_val, float* scale,
-             int32_t* zero_point, int64_t given, int64_t outer, int64_t channels, int64_t inner, int64_t last,
-             int64_t eps, float momentum, float rest, float low, float high, int64_t qmin, int64_t qmax,
-             int64_t lowered, int64_t symmetric, float weight, float* kept, float* out, int8_t* codes) {
+             int32_t* zero_point, const float* beside, float factor_of_scale, int64_t given, int64_t outer,
+             int64_t channels, int64_t inner, int64_t last, int64_t eps, float momentum, float rest, float low,
+             float high, int64_t qmin, int64_t qmax, int64_t lowered, int64_t symmetric, float weight, float* kept,
+             float* out, int8_t* codes) {
     float ends[2];
     statistics(y, gamma, beta, error, silenced, running_mean, running_var, batches, given, outer, channels, inner, last,
                eps, momentum, rest, low, high, kept, ends);
     if (given & kObserves)
         observe(ends[0], ends[1], {qmin, qmax, symmetric != 0, weight}, min_val, max_val, scale,
                 zero_point);
-    quantize(y, kept, scale, zero_point, given, outer, channels, inner, last, low, high, qmin, qmax, lowered, out,
+    const Scale found(*scale, *beside, factor_of_scale, given & kApart);
+    quantize(y, kept, found, zero_point, given, outer, channels, inner, last, low, high, qmin, qmax, lowered, out,
              codes);
 }
 
@@ -488,7 +513,7 @@ template <Gradient kGradient, bool kWithZero>
 void backward_of_rows(const float* grad, const float* y, const float* kept, int64_t outer, int64_t channels,
                       int64_t inner, const Learning<kGradient> learning, float* grad_y, float* grad_gamma, float* grad_beta,
                       std::vector<Passed>& sums) {
-    const float above = kept[4 * channels], below = kept[4 * channels + 1];
+    const float above = kept[4 * channels + 1], below = kept[4 * channels + 2];
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < channels; ++c) {
         const float mean = kept[c], factor = kept[2 * channels + c], constant = kept[3 * channels + c];
@@ -532,7 +557,7 @@ template <Gradient kGradient, bool kWithZero>
 void backward_of_columns(const float* grad, const float* y, const float* kept, int64_t rows, int64_t channels,
                          const Learning<kGradient> learning, float* grad_y, float* grad_gamma, float* grad_beta,
                          std::vector<Passed>& sums) {
-    const float above = kept[4 * channels], below = kept[4 * channels + 1];
+    const float above = kept[4 * channels + 1], below = kept[4 * channels + 2];
     const float *mean = kept, *factor = kept + 2 * channels, *constant = kept + 3 * channels;
     std::vector<std::vector<Passed>> parts(omp_get_max_threads());
     std::vector<float> slopes(2 * channels);
@@ -604,7 +629,7 @@ void backward_by(const float* grad, const float* y, const float* kept, int64_t o
                  bool last, float low, float high, int64_t qmin, int64_t qmax, int64_t lowered, float* grad_y,
                  float* grad_gamma, float* grad_beta, float* grad_grid) {
     const float* more = kept + 4 * channels;
-    const Learning<kGradient> learning(more[2], more[3] + static_cast<float>(lowered), low, high, qmin, qmax);
+    const Learning<kGradient> learning(more[3], more[4] + static_cast<float>(lowered), low, high, qmin, qmax);
     std::vector<Passed> sums(channels);
     if (last)
         backward_of_columns<kGradient, kWithZero>(grad, y, kept, outer * inner, channels, learning, grad_y, grad_gamma, grad_beta, sums);
@@ -616,12 +641,12 @@ void backward_by(const float* grad, const float* y, const float* kept, int64_t o
         to_scale += one.to_scale;
         to_zero += one.to_zero;
     }
-    grad_grid[0] = static_cast<float>(to_scale);
-    grad_grid[1] = -more[2] * static_cast<float>(to_zero);
+    grad_grid[0] = static_cast<float>(to_scale) * more[0];
+    grad_grid[1] = -more[3] * static_cast<float>(to_zero);
 }
 
-// Gradients to y, γ and β, given that of the output; where the grid learns also that to `s`, and with kZero that to
-// `z`, at `grad_grid`.
+// Gradients to y, γ and β, given that of the output; where the grid learns also that to what is learned of `s`, and with
+// kZero that to `z`, at `grad_grid`.
 void backward(const float* grad, const float* y, const float* kept, int64_t given, int64_t outer, int64_t channels,
               int64_t inner, int64_t last, float low, float high, int64_t qmin, int64_t qmax, int64_t lowered,
               float* grad_y, float* grad_gamma, float* grad_beta, float* grad_grid) {
@@ -634,11 +659,10 @@ void backward(const float* grad, const float* y, const float* kept, int64_t give
 }
 
 // Of what `parameters` found: with kLearns, gradients to W, which may take the place of that to the rounded weight, and
-// to its steps; with kError, what the bias error hands to `s_in`, and to steps that are learned.
+// to what is learned of its steps; with kError, what the bias error hands to that, and to what is learned of `s_in`.
 void backward_of_weight(const float* grad, const float* weight, const float* step, const float* grad_error,
-                        const float* kept, const float* input_scale, int64_t given, int64_t channels, int64_t values,
-                        int64_t qmin, int64_t qmax, int64_t bias_bits, float* grad_weight, float* grad_step,
-                        float* grad_input_scale) {
+                        const float* kept, int64_t given, int64_t channels, int64_t values, int64_t qmin, int64_t qmax,
+                        int64_t bias_bits, float* grad_weight, float* grad_step, float* grad_input) {
     const float least = static_cast<float>(qmin), most = static_cast<float>(qmax);
     std::vector<float> to_input(given & kError ? channels : 0);
 #pragma omp parallel for schedule(static)
@@ -657,16 +681,17 @@ void backward_of_weight(const float* grad, const float* weight, const float* ste
         }
         if (given & kError) {
             const float scale = kept[channels + c];
-            const double slope = BiasCode(kept[c], *input_scale * scale, bias_bits).slope();
+            const float input_scale = kept[4 * channels];
+            const double slope = BiasCode(kept[c], input_scale * scale, bias_bits).slope();
             const float to_bias_scale = static_cast<float>(slope * static_cast<double>(grad_error[c]));
             to_input[c] = to_bias_scale * scale;
-            sum += to_bias_scale * *input_scale * kept[2 * channels + c];
+            sum += to_bias_scale * input_scale * kept[2 * channels + c];
         }
         if (given & kLearns) grad_step[c] = given & kKeeps ? sum * kept[3 * channels + c] : sum;
     }
     double total = 0.0;
     for (const float one : to_input) total += one;
-    if (given & kError) *grad_input_scale = static_cast<float>(total);
+    if (given & kError) *grad_input = static_cast<float>(total) * kept[4 * channels + 1];
 }
 
 // An activation and the quantizer behind it: the values, which may take the place of those before, 1 in `mask` where

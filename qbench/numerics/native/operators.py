@@ -26,7 +26,7 @@ from qbench.numerics.generated_epilogue import Plan
 from qbench.numerics.generated_rounding import Rounding
 from qbench.numerics.layer_step import ROOM_OF_WEIGHTS, Convolution
 from qbench.numerics.native.library import library
-from qbench.numerics.native.steps import Clipping, Following, Parameters, Remembered
+from qbench.numerics.native.steps import Clipping, Following, Parameters, Remembered, kept_values
 from qbench.numerics.qparams import QSpec
 from qbench.numerics.straight_through import round_to_grid
 
@@ -152,7 +152,7 @@ def _fake_parameters(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, T
 
 def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     y = rest[4]
-    kept = y.new_empty(4 * y.shape[1] + 4)
+    kept = y.new_empty(kept_values(y.shape[1]))
     return torch.empty_like(y), kept, *(torch.empty_like(one) for one in rest[8:14])
 
 

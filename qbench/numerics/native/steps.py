@@ -29,12 +29,12 @@ from qbench.numerics.generated_rounding import Rounding, clip_sample, round_back
 from qbench.numerics.generated_rounding import clip as clip_by_operators
 from qbench.numerics.generated_rounding import round_all as round_by_operators
 from qbench.numerics.native.library import Library, library, trusted
-from qbench.numerics.qparams import QSpec
+from qbench.numerics.qparams import LearnedScale, QSpec
 from qbench.numerics.saved_codes import Coded, fits_a_byte, lowering
 
 # Which of the things that may be missing are there: `Given` in layer.cpp.
 _BIAS, _GAMMA, _BETA, _INPUT_SCALE, _BATCH_NORM, _ERROR, _SILENCED = (1 << bit for bit in range(7))
-_BATCHES, _OBSERVES, _CODES, _BOUNDS, _LEARNS, _KEEPS, _ZERO = (1 << bit for bit in range(7, 14))
+_BATCHES, _OBSERVES, _CODES, _BOUNDS, _LEARNS, _KEEPS, _ZERO, _APART, _INPUT_APART = (1 << bit for bit in range(7, 16))
 
 
 class Found(NamedTuple):
@@ -84,9 +84,9 @@ class Parameters:
         beta: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
-        input_scale: Tensor | None,
+        input_scale: Tensor | LearnedScale | None,
         room: Tensor | None = None,
-        learned: Tensor | None = None,
+        learned: LearnedScale | None = None,
         keeps: bool = False,
     ) -> Found | None:
         """As `qbench.nn.qat.parameters.training_parameters`; None where a tensor is not as C++ expects it.
@@ -100,28 +100,31 @@ class Parameters:
             var: `σ²_r`, (out,), with a BatchNorm.
             input_scale: `s_in`, (), or None.
             room: Where to put the value, like `W`; None for memory of its own.
-            learned: The steps of the weight's range, (out,), where they are learned; else None.
+            learned: The steps of the weight's range, (out,) each, where they are learned; else None.
             keeps: Whether to keep what `backward` needs.
         """
         channels = len(weight)
-        if not self.serves(weight, bias, gamma, beta, mean, var, learned):
+        steps, beside, factor = _parts(learned, weight)
+        scale, beside_input, input_factor = _parts(input_scale, weight)
+        if not self.serves(weight, bias, gamma, beta, mean, var, *(() if learned is None else (steps, beside))):
             return None
         given = (bias is not None) * _BIAS + (gamma is not None) * _GAMMA + (beta is not None) * _BETA
         given += (self.eps is not None) * _BATCH_NORM + (learned is not None) * _LEARNS + keeps * _KEEPS
+        given += (beside is not steps) * _APART + (beside_input is not scale) * _INPUT_APART
         rounds = self.code_limit > 0 and input_scale is not None
         if rounds:
-            if not _usable(input_scale, 1):
+            if not _all_usable(1, scale, beside_input):
                 return None
             given += _INPUT_SCALE
         value = torch.empty_like(weight) if room is None else room
         step, error = weight.new_empty(channels), weight.new_empty(channels)
         silenced = weight.new_empty(channels, dtype=torch.bool)
-        kept = weight.new_empty(4 * channels) if keeps else None
-        tensors = (weight if one is None else one for one in (bias, gamma, beta, mean, var, input_scale, learned))
+        kept = weight.new_empty(4 * channels + 2) if keeps else None
+        tensors = (weight if one is None else one for one in (bias, gamma, beta, mean, var))
         sizes = given, channels, weight.numel() // channels, _bits(self.eps or 0.0)
-        rule = self.qmin, self.qmax, self.bias_bits, self.code_limit
+        rule = self.qmin, self.qmax, self.bias_bits, self.code_limit, input_factor, factor
         to = value, step, error, silenced, step if kept is None else kept
-        self.functions.parameters(weight, *tensors, *sizes, *rule, *to)
+        self.functions.parameters(weight, *tensors, scale, beside_input, steps, beside, *sizes, *rule, *to)
         return Found(value, step, error if rounds else None, silenced, kept)
 
     def backward(
@@ -131,10 +134,9 @@ class Parameters:
         step: Tensor,
         grad_error: Tensor | None,
         kept: Tensor,
-        input_scale: Tensor | None,
         learns: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients to W, to the steps of its range where they are learned, and to `s_in` where e has one.
+        """Gradients to W, to what is learned of the steps of its range, and to that of `s_in` where there is an e.
 
         Args:
             grad: That to the value, like `W`; written to.
@@ -142,7 +144,6 @@ class Parameters:
             step: As found.
             grad_error: That to e, (out,), or None.
             kept: As found.
-            input_scale: `s_in`, (), where there is an e.
             learns: Whether the steps are learned.
         """
         if learns and grad.stride() != weight.stride():
@@ -152,8 +153,7 @@ class Parameters:
         grad_input = weight.new_empty(())
         tensors = grad, weight, step, kept if grad_error is None else grad_error, kept
         sizes = given, channels, weight.numel() // channels, self.qmin, self.qmax, self.bias_bits
-        scale = kept if input_scale is None else input_scale
-        self.functions.backward_of_weight(*tensors, scale, *sizes, grad, grad_step, grad_input)
+        self.functions.backward_of_weight(*tensors, *sizes, grad, grad_step, grad_input)
         return grad, grad_step if learns else None, None if grad_error is None else grad_input
 
     @staticmethod
@@ -186,8 +186,8 @@ class Remembered(NamedTuple):
         batches: How many batches there were, int64, (); or None.
         min_val: The observer's lowest value, float32, (); anything where nothing observes.
         max_val: Its highest.
-        scale: `s`, float32, ().
-        zero_point: `z`, int32, ().
+        scale: `s`, float32, (); only read where it is learned.
+        zero_point: `z`, int32, (); likewise.
     """
 
     mean: Tensor
@@ -195,8 +195,13 @@ class Remembered(NamedTuple):
     batches: Tensor | None
     min_val: Tensor
     max_val: Tensor
-    scale: Tensor
+    scale: Tensor | LearnedScale
     zero_point: Tensor
+
+
+def kept_values(channels: int) -> int:
+    """How many numbers `Following.forward` keeps: five behind those of the channels."""
+    return 4 * channels + 5
 
 
 class Following:
@@ -243,21 +248,23 @@ class Following:
         sizes = _sizes(y)
         if sizes is None or not _all_usable(sizes[1], gamma, beta, error, to.mean, to.var):
             return None
-        if not _all_usable(1, to.min_val, to.max_val, to.scale) or not _is_counter(to.batches):
+        scale, beside, factor = _parts(to.scale, y)
+        if not _all_usable(1, to.min_val, to.max_val, scale, beside) or not _is_counter(to.batches):
             return None
         with_codes = with_codes and self._fits
         given = self._given + (gamma is not None) * _GAMMA + (beta is not None) * _BETA + (error is not None) * _ERROR
         given += (silenced is not None) * _SILENCED + (to.batches is not None) * _BATCHES + with_codes * _CODES
-        kept, out = y.new_empty(4 * sizes[1] + 4), torch.empty_like(y)
+        given += (beside is not scale) * _APART
+        kept, out = y.new_empty(kept_values(sizes[1])), torch.empty_like(y)
         codes = torch.empty_like(y, dtype=torch.int8) if with_codes else out
-        tensors = (y if one is None else one for one in (gamma, beta, error, silenced, *to))
-        self._functions.forward(y, *tensors, given, *sizes, *self._rule, kept, out, codes)
+        tensors = (y if one is None else one for one in (gamma, beta, error, silenced, *to[:5], scale, to.zero_point))
+        self._functions.forward(y, *tensors, beside, factor, given, *sizes, *self._rule, kept, out, codes)
         if self._observes:  # autograd hears of what was written to
-            torch.autograd.graph.increment_version((to.scale, to.zero_point))
+            torch.autograd.graph.increment_version((scale, to.zero_point))
         return out, kept, Coded(codes, kept[-2], kept[-1]) if with_codes else None
 
     def backward(self, grad: Tensor, y: Tensor, kept: Tensor, to_zero: bool = True) -> tuple[Tensor, ...]:
-        """Gradients to y, γ and β, and to `s` and `z` where they learn.
+        """Gradients to y, γ and β, and where the grid learns to what is learned of `s`, and to `z`.
 
         Args:
             grad: That to the output.
@@ -307,7 +314,7 @@ class _RoundWeight(torch.autograd.Function):
         grad = grads[0] if grads[0].stride() == weight.stride() else torch.empty_like(weight).copy_(grads[0])
         channels, grad_weight, grad_step = len(weight), torch.empty_like(weight), torch.empty_like(step)
         sizes = _LEARNS, channels, weight.numel() // channels, *ctx.codes, 0
-        none = step, step, step
+        none = step, step
         ctx.functions.backward_of_weight(grad, weight, step, *none, *sizes, grad_weight, grad_step, grad_step)
         return grad_weight, grad_step, None, None
 
@@ -544,7 +551,7 @@ def _agrees(steps: Following, plan: Plan) -> bool:
         ends: Sequence[Tensor] = kept[-4:-2].unbind()
         if plan.rounding.gradient != "none":
             ends = kept[-2], (kept[-1] + lowering(plan.rounding.spec)).to(torch.int32)
-        numbers = *kept[:-4].view(4, -1), *ends, *(kept[-2:] if fits else ())
+        numbers = *kept[:-5].view(4, -1), *ends, *(kept[-2:] if fits else ())
         pairs = zip((*numbers, *others, *ours), (*wanted, *wanted_others, *theirs), strict=True)
         if not all(same_bits(a, b) for a, b in pairs) or not same_bits(grad_y, _as_image(wanted_grad, plan)):
             return False
@@ -564,6 +571,14 @@ def _bits(x: float) -> int:
     """Of a float64: the functions take numbers of 32 bits, or of 64 that are whole."""
     found: int = struct.unpack("q", struct.pack("d", x))[0]
     return found
+
+
+def _parts(scale: Tensor | LearnedScale | None, otherwise: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The two parts of a scale, one and the same where it is as it is, and the factor."""
+    if scale is None or isinstance(scale, Tensor):
+        scale = LearnedScale(otherwise if scale is None else scale)
+    learned, beside, factor = scale
+    return learned, learned if beside is None else beside, factor
 
 
 def _usable(x: Tensor | None, values: int) -> bool:
