@@ -111,6 +111,10 @@ class Rounding:
         to_scale = grad * torch.where(inside, within, steps.maximum(least).minimum(most))
         return torch.where(passes, grad, 0.0), to_scale, torch.where(inside, 0.0, grad)
 
+    def slopes(self, v: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """∂v̂/∂s of each value, where the grid learns."""
+        return self.shared(torch.ones_like(v), v, scale, zero_point)[1]
+
     def sample(self) -> list[Tensor]:
         """A grid and an observer's state, to try it with."""
         state = () if self.observer is None else (value.clone() for value in self.observer.state())

@@ -42,6 +42,8 @@ class Learned(NamedTuple):
         scale: `s` of the output, ().
         zero_point: `z` of the output as float32, ().
         place: `z` as it is where `s` is learned, int32, ().
+        image: What `x̂` was rounded from, where nothing but `s_in` needs the gradient to `x̂`; see `_along_image`.
+        slopes: ∂x̂/∂s_in for each value of `image`.
     """
 
     input_scale: LearnedScale | None = None
@@ -49,6 +51,8 @@ class Learned(NamedTuple):
     scale: LearnedScale | None = None
     zero_point: Tensor | None = None
     place: Tensor | None = None
+    image: Tensor | None = None
+    slopes: Callable[[Tensor], Tensor] | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What gets gradients: of the three scales, and the zero point."""
@@ -252,17 +256,17 @@ class _Layer(torch.autograd.Function):
         codes.append(followed.coded)
         ctx.step, ctx.back, ctx.coded = step, followed.backward, coded is not None
         grid_of_weight = ctx.grid = found.qparams if again and room is not None else None
-        ctx.parameters = len(found.saved)
+        ctx.parameters, ctx.input_scale, ctx.slopes = len(found.saved), learned.input_scale, learned.slopes
         inputs = (x,) if coded is None else (coded.codes, coded.scale, coded.zero)
         kept = found.weight if grid_of_weight is None else None
         source = weight if kept is None or found.saved else None
-        ctx.save_for_backward(source, kept, y, *found.saved, *inputs, *followed.saved)
+        ctx.save_for_backward(source, kept, y, learned.image, *found.saved, *inputs, *followed.saved)
         return followed.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, value, y, *others = ctx.saved_tensors
+        weight, value, y, image, *others = ctx.saved_tensors
         found, (x, *saved) = others[: ctx.parameters], others[ctx.parameters :]
         if ctx.coded:
             x, saved = Coded(x, *saved[:2]).value(), saved[2:]
@@ -280,8 +284,22 @@ class _Layer(torch.autograd.Function):
         if scales_learn and grad_weight is not None:
             given = grad_weight, grad_error, weight, tuple(found), of_step
             grad_weight, to_input, to_step = step.parameters.backward(*given)
+        if image is not None and of_input:
+            along = _along_image(ctx.input_scale, ctx.slopes(image), step.linear, value, grad_y)
+            to_input = along if to_input is None else to_input + along
         to_layer = grad_x, grad_weight if wanted[1] else None, grad_bias, grad_gamma, grad_beta, None, None
         return (*to_layer, None, to_input if of_input else None, to_step, *to_grid) if wanted[7:] else to_layer
+
+
+def _along_image(scale: LearnedScale, slopes: Tensor, linear: Convolution, value: Tensor, grad: Tensor) -> Tensor:
+    """What the gradient to `x̂` hands to what is learned of `s_in`, (), where it is for nothing else.
+
+        Σ (∂x̂/∂s_in) · convᵀ(g, Ŵ/k)  =  Σ g · conv(∂x̂/∂s_in, Ŵ/k)
+
+    Of an image of few channels, the convolution on the right takes half the time of that on the left, or less.
+    """
+    found, slope = torch.sum(linear(slopes, value, None) * grad), scale.resolved()[1]
+    return found if slope is None else found * slope
 
 
 def normalized(

@@ -301,6 +301,41 @@ def test_layers_with_learned_grids_are_one_function(monkeypatch: pytest.MonkeyPa
     assert calls[0].scale.learned is calls[1].input_scale.learned
 
 
+@pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)
+@pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
+def test_an_image_gets_no_gradient_for_the_sake_of_its_scale(
+    low_memory: bool, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = learning().to(memory_format=memory_format)  # type: ignore[call-overload]
+    if low_memory:
+        model.apply(qbench.enable_low_memory)
+    other, calls = copy.deepcopy(model), served(monkeypatch)
+    for image in batches(memory_format):
+        asked = image.clone().requires_grad_()
+        found, expected = model(image), other(asked)
+        assert calls[0].image is image and all(one.image is None for one in calls[1:])
+        assert int((found != expected).sum()) == 0
+        found.square().mean().backward()
+        expected.square().mean().backward()
+        assert asked.grad is not None and image.grad is None
+        calls.clear()
+    (source,) = model.get_submodule("first.0").input_quantizers.values()
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        if ours is source.change:
+            assert ours.grad != 0
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=0.0)
+        else:
+            assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_where_more_than_the_scale_of_an_image_learns_it_is_rounded_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = learning("lsq_plus")
+    calls = served(monkeypatch)
+    model(batches()[0]).square().mean().backward()
+    assert len(calls) == 2 and calls[0].image is None and calls[0].input_scale is not None
+
+
 @pytest.mark.parametrize("method", ["lsq", "lsq_plus", "pact"])
 def test_what_was_learned_is_what_is_converted(method: str) -> None:
     model, _ = trained(learning(method), batches(count=4))

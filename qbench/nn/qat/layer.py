@@ -28,7 +28,7 @@ from qbench.nn.qat.compiled_step import Rule, compiled_step, rule_of
 from qbench.nn.qat.epilogue import bounds_of, epilogue
 from qbench.nn.qat.fast_parameters import fast_parameters, fast_weight_and_bias
 from qbench.nn.qat.parameters import Folding, training_parameters
-from qbench.nn.qat.step import training_step
+from qbench.nn.qat.step import image_step, training_step
 from qbench.numerics.blocks import at_hand
 from qbench.numerics.fold import BatchNormTensors, WeightLayout
 from qbench.numerics.layer_step import Convolution, TrainingParameters
@@ -171,6 +171,10 @@ class QatLayer(QatModule):
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         """Input on its grid -> output on its grid."""
+        if self.training and not args and self.input_quantizers._modules:
+            found = image_step(self, input)
+            if found is not None:
+                return found
         (x,) = self.quantized_inputs((input,))
         if self.training and not args:
             found = compiled_step(self, x) if torch.compiler.is_compiling() else training_step(self, x)

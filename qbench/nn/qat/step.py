@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from qbench.fake_quantize import FakeQuantize
 from qbench.fake_quantize.learned import LearnedFakeQuantize
-from qbench.fake_quantize.producers import codes_of, note_producer
+from qbench.fake_quantize.producers import codes_of, note_producer, producer_of
 from qbench.nn.qat.batch_norm import TrainingBatchNorm
 from qbench.nn.qat.epilogue import (
     ByNative,
@@ -26,8 +27,9 @@ from qbench.nn.qat.epilogue import (
 )
 from qbench.nn.qat.fast_parameters import LearnedParameters, StraightParameters
 from qbench.nn.qat.prepared import prepared
-from qbench.numerics.blocks import at_hand
+from qbench.numerics.blocks import at_hand, dense, in_rows
 from qbench.numerics.layer_step import NOTHING_LEARNED, LayerStep, Learned, layer_step
+from qbench.numerics.native.steps import LearnedRounding, learned_rounding
 from qbench.numerics.saved_codes import Coded, encode
 
 if TYPE_CHECKING:
@@ -36,17 +38,45 @@ if TYPE_CHECKING:
 
 def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     """The output of a layer in training from one function, given `x̂`; None where there is none for it."""
-    if torch.compiler.is_compiling():
+    plan = _plan_for(layer, x)
+    step = None if plan is None else plan.step
+    if plan is None or step is None:
         return None
-    plan, weight = prepared(layer, plan_of, _others), layer.linear_weight
-    step = plan.step
-    if step is None or x.ndim != weight.ndim or not at_hand(x) or torch.is_autocast_enabled("cpu"):
-        return None
-    bn: Any = layer.bn
     learned = NOTHING_LEARNED if plan.learns is None else plan.learns(layer, x, step)
+    return None if learned is None else _taken(layer, x, plan, step, learned)
+
+
+def image_step(layer: QatLayer, x: Tensor) -> Tensor | None:
+    """The same of a layer that rounds its input itself, given that, where only its scale needs the gradient to `x̂`."""
+    plan = None if x.requires_grad or producer_of(x) is not None else _plan_for(layer, x)
+    if plan is None or plan.image is None:
+        return None
+    step, quantizer = plan.step, None if plan.learns is None else plan.learns.of_input
+    grid = None if quantizer is None or not dense(x).is_contiguous() else quantizer.learned_grid(x.shape)
+    if step is None or plan.learns is None or grid is None or grid.zero_point is not None:
+        return None
+    learned = plan.learns(layer, x, step)
     if learned is None:
         return None
-    out, coded = layer_step(x, weight, layer.linear_bias, bn.weight, bn.bias, step, learned)
+    rounded, (scale, _) = torch.empty_like(x), grid.scale.resolved()
+    plan.image.forward(in_rows(rounded), in_rows(x), scale, grid.place)
+    slopes = functools.partial(plan.image.rounding.slopes, scale=scale, zero_point=grid.place)
+    return _taken(layer, note_producer(rounded, quantizer), plan, step, learned._replace(image=x, slopes=slopes))
+
+
+def _plan_for(layer: QatLayer, x: Tensor) -> Plan | None:
+    """What serves a layer, given its input; None where nothing does."""
+    if torch.compiler.is_compiling():
+        return None
+    plan = prepared(layer, plan_of, _others)
+    if x.ndim != layer.linear_weight.ndim or not at_hand(x) or torch.is_autocast_enabled("cpu"):
+        return None
+    return plan
+
+
+def _taken(layer: QatLayer, x: Tensor, plan: Plan, step: LayerStep, learned: Learned) -> Tensor:
+    bn: Any = layer.bn
+    out, coded = layer_step(x, layer.linear_weight, layer.linear_bias, bn.weight, bn.bias, step, learned)
     layer.note_path(step.follow.path)
     if learned.scale is not None:
         assert isinstance(plan.quantizer, LearnedFakeQuantize)
@@ -63,12 +93,14 @@ class Plan(NamedTuple):
         quantizer: That quantizer.
         clip: The output's quantizer where that is another one, and may write to what comes before it; else None.
         learns: Finds what is learned of the grids at the layer; None where nothing is.
+        image: Rounds an input that comes in float to a grid that is learned; None where that is not for this function.
     """
 
     step: LayerStep | None
     quantizer: FakeQuantize | None
     clip: Clip | None = None
     learns: Learns | None = None
+    image: LearnedRounding | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +153,8 @@ def plan_of(layer: QatLayer) -> Plan:
     learns, clip = _learns(layer, first), None
     if before is not None and layer.fast_path and leaves_output(layer.activation_module):
         clip = clip_of(bounds_of(None), last, "cpu", layer.low_memory)
-    return Plan(_step_of(layer, first, bounds, learns), first, clip, learns)
+    step = _step_of(layer, first, bounds, learns)
+    return Plan(step, first, clip, learns, None if step is None else _image_of(layer, learns))
 
 
 def _step_of(
@@ -150,6 +183,16 @@ def _learns(layer: QatLayer, quantizer: FakeQuantize | None) -> Learns | None:
     there = _active_source(layer), layer.weight_quantizer, quantizer
     learning = [one if isinstance(one, LearnedFakeQuantize) else None for one in there]
     return Learns(*learning) if any(one is not None for one in learning) else None
+
+
+def _image_of(layer: QatLayer, learns: Learns | None) -> LearnedRounding | None:
+    quantizer = None if learns is None else learns.of_input
+    if quantizer is None or list(layer.input_quantizers.values()) != [quantizer]:
+        return None
+    if type(quantizer).regularized is not LearnedFakeQuantize.regularized:
+        return None
+    rounding = rounding_of(bounds_of(None), quantizer, "cpu")
+    return None if rounding is None else learned_rounding(*rounding)
 
 
 def _coder(layer: QatLayer, source: FakeQuantize | None) -> Callable[[Tensor], Coded | None] | None:

@@ -438,10 +438,13 @@ class LearnedRounding:
     Args:
         rounding: Both.
         functions: Of `layer.cpp`.
+
+    Attributes:
+        rounding: Both.
     """
 
     def __init__(self, rounding: Rounding, functions: Library) -> None:
-        spec = rounding.spec
+        spec, self.rounding = rounding.spec, rounding
         self._functions, self._given = functions, (rounding.gradient == "bounds") * _BOUNDS
         self._rule = rounding.low, rounding.high, spec.qmin, spec.qmax
 
