@@ -3,6 +3,8 @@
     whole tensor    each op reads and writes main memory            n ops → n passes over it
     in blocks       all ops on one block, then the next block       n ops → 1 pass over it
 
+Where the largest cache holds the tensor and nothing else is written to, the whole is faster: threads meet once an op.
+
 A fresh result as large as an activation costs more than the arithmetic in it (the system hands out its pages one by
 one), so chains write into one result and one scratch block. Compiled code and GPUs get the whole tensor as one block:
 there, kernels are fused by the compiler, or launched at a price.
@@ -10,8 +12,11 @@ there, kernels are fused by the compiler, or launched at a price.
 
 from __future__ import annotations
 
+import functools
+import re
 import threading
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,6 +56,22 @@ def in_blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     for start in range(0, rows, step):
         part = slice(start, start + step)
         yield first[part], *(other[part] if inside else other for other, inside in zip(others, cut, strict=True))
+
+
+def stays_in_cache(x: Tensor) -> bool:
+    """Whether the processor's largest cache holds a tensor that is worked on where it lies."""
+    return x.is_cpu and x.element_size() * x.numel() <= _largest_cache()
+
+
+@functools.cache
+def _largest_cache() -> int:
+    """In bytes; 0 where the system does not say."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KM]?)", path.read_text(encoding="ascii").strip())
+        if found is not None:
+            sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20}[found[2]])
+    return max(sizes)
 
 
 class Scratch:
