@@ -3,7 +3,8 @@
     whole tensor    each op reads and writes main memory            n ops → n passes over it
     in blocks       all ops on one block, then the next block       n ops → 1 pass over it
 
-Where the largest cache holds the tensor and nothing else is written to, the whole is faster: threads meet once an op.
+Where the largest cache holds a tensor and its result, and no scratch is needed, the whole is faster: threads meet once
+an op, and not once an op and block (`in_parts`).
 
 A fresh result as large as an activation costs more than the arithmetic in it (the system hands out its pages one by
 one), so chains write into one result and one scratch block. Compiled code and GPUs get the whole tensor as one block:
@@ -58,9 +59,11 @@ def in_blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield first[part], *(other[part] if inside else other for other, inside in zip(others, cut, strict=True))
 
 
-def stays_in_cache(x: Tensor) -> bool:
-    """Whether the processor's largest cache holds a tensor that is worked on where it lies."""
-    return x.is_cpu and x.element_size() * x.numel() <= _largest_cache()
+def in_parts(source: Tensor, target: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`in_blocks` for a chain that writes to `target` alone: all in one where the largest cache holds both."""
+    if source.nbytes + target.nbytes <= _largest_cache():
+        return iter([(source, target, *others)])
+    return in_blocks(source, target, *others)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qbench.numerics.blocks import Scratch, in_blocks, stays_in_cache
+from qbench.numerics.blocks import Scratch, in_blocks, in_parts
 from qbench.numerics.qparams import QParams, QSpec
 
 # Steps up to here are exact in float32 with room to spare for the rounding of L·s and of its product with 1/s.
@@ -73,7 +73,7 @@ class Interval(NamedTuple):
         """
         least, most = max(self.low, _float32(self.first * self.scale)), min(self.high, _float32(self.last * self.scale))
         if mask is None:
-            for source, target in [(v, out)] if out is v and stays_in_cache(v) else in_blocks(v, out):
+            for source, target in in_parts(v, out):
                 torch.clamp(source, least, most, out=target).mul_(self.steps_per_unit).round_().mul_(self.scale)
             return
         above, below = self.passing()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qbench.numerics.bias import bias_codes, dequantize_bias, quantized_bias
-from qbench.numerics.blocks import Scratch, at_hand, in_blocks
+from qbench.numerics.blocks import Scratch, at_hand, in_blocks, in_parts
 from qbench.numerics.interval import interval_of, is_served, passed
 from qbench.numerics.qparams import QParams, along_axis, steps_from_zero
 
@@ -145,7 +145,7 @@ def round_to_grid(
         return ((x.float() * inverse).round().clamp(low, high) * scale).to(x.dtype)  # type: ignore[arg-type]
     result = torch.empty_like(x) if room is None else room
     ends = [end for end in (low, high) if isinstance(end, Tensor)]
-    for source, target, step, size, *wide_ends in in_blocks(x, result, inverse, scale, *ends):
+    for source, target, step, size, *wide_ends in in_parts(x, result, inverse, scale, *ends):
         wide = source.float()  # not in the product: of float16 with a scalar, that would be float16
         steps = target if wide is source else wide
         torch.mul(wide, step, out=steps).round_()

@@ -22,6 +22,7 @@ CHANNELS = 12
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few images each."""
     monkeypatch.setattr(blocks, "BLOCK", 512)
+    monkeypatch.setattr(blocks, "_largest_cache", lambda: 0)
 
 
 def conv_net(*after: nn.Module) -> nn.Module:

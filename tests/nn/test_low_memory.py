@@ -26,6 +26,7 @@ from .support import CASES, Case, batch, make_layer, without_native
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 64)
+    monkeypatch.setattr(blocks, "_largest_cache", lambda: 0)
 
 
 def gradients(layer: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:

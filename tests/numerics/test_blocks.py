@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qbench.numerics import blocks
-from qbench.numerics.blocks import Room, RoomOfBackward, dense, in_blocks
+from qbench.numerics.blocks import Room, RoomOfBackward, dense, in_blocks, in_parts
 from qbench.numerics.qparams import QParams, fake_quantize, inside_range
 from qbench.numerics.straight_through import fake_quantize_ste
 
@@ -18,6 +18,7 @@ from qbench.numerics.straight_through import fake_quantize_ste
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few values, so that small tensors have many of them."""
     monkeypatch.setattr(blocks, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "_largest_cache", lambda: 0)
 
 
 @pytest.mark.parametrize("shape", [(7, 3, 5, 5), (1, 64), (64,), (3, 0), ()])
@@ -38,6 +39,23 @@ def test_what_broadcasts_is_cut_only_where_it_has_the_first_axis(small_blocks: N
     for source, target, row, column, scalar in parts:
         target.copy_(source * row * column * scalar)
     assert torch.equal(result, x * per_row * per_column * single)
+
+
+def test_chains_in_place_take_the_whole_of_what_a_cache_holds(
+    small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, result = torch.rand(64, 8), torch.empty(64, 8)
+    assert len(list(in_parts(x, result))) == len(list(in_blocks(x, result))) == 32
+    monkeypatch.setattr(blocks, "_largest_cache", lambda: x.nbytes + result.nbytes)
+    ((first, second, other),) = in_parts(x, result, x)
+    assert first is x and second is result and other is x
+    monkeypatch.setattr(blocks, "_largest_cache", lambda: x.nbytes)
+    assert len(list(in_parts(x, result))) == 32
+
+
+def test_the_largest_cache_is_that_of_the_system() -> None:
+    largest = blocks._largest_cache.__wrapped__()
+    assert largest == 0 or 1 << 15 <= largest < 1 << 33
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
