@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import qbench
+from qbench.nn import intrinsic as nni
+from qbench.nn.intrinsic import qat as nniqat
 from qbench.nn.qat import compiled_step as module
 from qbench.nn.qat.layer import QatLayer
 from qbench.observers import MinMaxObserver
@@ -59,6 +61,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return answers
 
 
+def in_order(model: nn.Module) -> nn.Module:
+    """A model in eager mode that takes memory in the order of compiled ones: channels last from the first groups on."""
+    for layer in model.modules():
+        if getattr(layer, "groups", 1) > 1:
+            layer.register_forward_pre_hook(lambda _, given: (given[0].contiguous(memory_format=torch.channels_last),))
+    return model
+
+
 def compiled(model: nn.Module, backend: str = "aot_eager") -> Any:
     return torch.compile(model, backend=backend, fullgraph=True)
 
@@ -74,7 +84,7 @@ def test_steps_are_those_of_the_eager_fast_path(
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = steps(other, compiled(other, backend), batches(memory_format))
     assert len(answers) == 3 and None not in answers
-    expected = steps(model, model, batches(memory_format))
+    expected = steps(model, in_order(model), batches(memory_format))
     assert len(found) == len(expected) > 60
     same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
     # Inductor lays convolutions out as it likes, whose sums then round otherwise.
@@ -101,12 +111,12 @@ def test_sums_are_served_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qbench.nn.qat.body.clip_rule_of", lambda *given: answers.append(plain(*given)) or answers[-1])
     images = batches(count=4)
     call = compiled(other)
-    found, expected = steps(other, call, images[:2]), steps(model, model, images[:2])
+    found, expected = steps(other, call, images[:2]), steps(model, in_order(model), images[:2])
     assert len(answers) == 1 and answers[0] is not None
     assert len(found) == len(expected) > 40 and all(map(torch.equal, found, expected))
     for one in (model, other):
         one.apply(qbench.disable_observer)
-    found, expected = steps(other, call, images[2:]), steps(model, model, images[2:])
+    found, expected = steps(other, call, images[2:]), steps(model, in_order(model), images[2:])
     assert len(answers) == 2 and all(map(torch.equal, found, expected))
 
 
@@ -135,10 +145,10 @@ def test_what_is_switched_later_counts(name: str) -> None:
     call = compiled(other)
     images = batches(count=4)
     first = steps(other, call, images[:2])
-    assert all(map(torch.equal, first, steps(model, model, images[:2])))
+    assert all(map(torch.equal, first, steps(model, in_order(model), images[:2])))
     for one in (model, other):
         SWITCHES[name](next(layer for layer in one.modules() if isinstance(layer, QatLayer)))
-    found, expected = steps(other, call, images[2:]), steps(model, model, images[2:])
+    found, expected = steps(other, call, images[2:]), steps(model, in_order(model), images[2:])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=0.03)  # a code, where paths differ
 
@@ -148,7 +158,31 @@ def test_batches_of_another_size_are_served(monkeypatch: pytest.MonkeyPatch) -> 
     other = copy.deepcopy(model)
     call = compiled(other)
     images = [x[:size] for x, size in zip(batches(count=4), (5, 4, 2, 3), strict=True)]
-    assert all(map(torch.equal, steps(other, call, images), steps(model, model, images)))
+    assert all(map(torch.equal, steps(other, call, images), steps(model, in_order(model), images)))
+
+
+@pytest.mark.parametrize(
+    ("float_layer", "shape"),
+    [
+        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3, groups=6), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9)),
+        (nni.ConvBnReLU3d(nn.Conv3d(6, 12, 3, groups=2), nn.BatchNorm3d(12), nn.ReLU()), (4, 6, 5, 5, 5)),
+        (nni.ConvBnReLU1d(nn.Conv1d(6, 12, 3, groups=6), nn.BatchNorm1d(12), nn.ReLU()), (4, 6, 9)),
+        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9)),
+    ],
+    ids=["depthwise", "3d, groups", "1d, depthwise", "dense"],
+)
+def test_groups_put_channels_last(float_layer: Any, shape: tuple[int, ...]) -> None:
+    kind = next(one for one in vars(nniqat).values() if getattr(one, "float_type", None) is type(float_layer))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    layer = with_input(kind.from_float(float_layer, qbench.get_qconfig()), x).train().apply(qbench.enable_fast_path)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    for order in (torch.contiguous_format, *([] if last is None else [last])):
+        given = x.clone(memory_format=order).requires_grad_()
+        out = compiled(copy.deepcopy(layer))(given)
+        out.square().sum().backward()
+        assert given.grad is not None and given.grad.stride() == given.stride()
+        there = layer.groups > 1 or order is last
+        assert out.is_contiguous(memory_format=last if there and last is not None else torch.contiguous_format)
 
 
 def test_what_is_exported_has_no_operators_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

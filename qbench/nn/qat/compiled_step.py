@@ -166,19 +166,13 @@ def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
     quantizer: Any = layer.pre_activation_quantizer if rule.before else layer.output_quantizer
     running = bn.running_mean, bn.running_var
     weight, bias, input_scale = layer.linear_weight, layer.linear_bias, layer.input_scale()
-    with torch.no_grad():
-        value, step, error, silenced = operators.layer_parameters(
-            weight, bias, bn.weight, bn.bias, *running, input_scale, bn.eps, *rule.weight_grid, *rule.bias
-        )
-        y = layer.linear(x, value, bias)
     grid = rule.grid
     state, of_newest = _remembered(quantizer, grid)
-    has_error = rule.bias[1] > 0 and input_scale is not None
-    tensors = x, weight, bias, bn.weight, bn.bias, y, step, error if has_error else None, silenced, *running, *state
-    out, _, *moved = operators.layer_forward(
-        *tensors,
+    out, _, _, _, *moved = operators.layer_forward(
+        *(x, weight, bias, bn.weight, bn.bias, input_scale, *running, *state),
         *rule.linear,
         rule.weight_grid,
+        *rule.bias,
         *(bn.momentum, bn.eps, rule.low, rule.high, grid.bits, grid.signed, grid.symmetric, of_newest),
     )
     if bn.num_batches_tracked is not None:

@@ -171,13 +171,14 @@ class QatLayer(QatModule):
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         """Input on its grid -> output on its grid."""
-        if self.training and not args and self.input_quantizers._modules:
+        compiling = torch.compiler.is_compiling()
+        if self.training and not args and not compiling and self.input_quantizers._modules:
             found = image_step(self, input)
             if found is not None:
                 return found
         (x,) = self.quantized_inputs((input,))
         if self.training and not args:
-            found = compiled_step(self, x) if torch.compiler.is_compiling() else training_step(self, x)
+            found = compiled_step(self, x) if compiling else training_step(self, x)
             if found is not None:
                 return found
         if self.uses_batch_statistics():

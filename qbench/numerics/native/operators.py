@@ -1,15 +1,14 @@
 """The steps of a layer as operators of PyTorch: what `torch.compile` of a whole model calls in place of tracing them.
 
-    qbench::layer_parameters   W, …            →   Ŵ/k, its step, e, silenced channels
-    qbench::layer_forward      x̂, W, y, …      →   the output, what backward needs, and what is remembered
+    qbench::layer_forward      x̂, W, …         →   the output, what backward needs, and what is remembered
     qbench::layer_backward     g, x̂, W, y, …   →   gradients to x̂, W, b, γ and β
     qbench::clip               v, …            →   the output, where gradients pass, and what is remembered
 
 They write to nothing: what moves comes back as new tensors, which the traced code copies to its place. So they can be
 functionalised, and have a backward.
 
-The convolution itself is left to the compiler, without a gradient: `layer_forward` has that of both. Backward is one
-operator that takes memory in the order in which it finds it, and Ŵ/k is rounded again in it.
+The convolution is part of both: Ŵ/k stays in the memory that a thread keeps for it, rounded once each way. From the
+first convolution with groups on, channels are last, which is faster there whatever they came in.
 """
 
 from __future__ import annotations
@@ -36,17 +35,11 @@ _LIBRARY = torch.library.Library("qbench", "FRAGMENT")
 _ANY_LAYOUT = (torch.Tag.flexible_layout,)
 
 _LIBRARY.define(
-    "layer_parameters(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, "
-    "Tensor? input_scale, float eps, int qmin, int qmax, int bias_bits, int code_limit) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_ANY_LAYOUT,
-)
-_LIBRARY.define(
-    "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor y, Tensor step, "
-    "Tensor? error, Tensor? silenced, Tensor mean, Tensor var, Tensor min_val, Tensor max_val, Tensor scale, "
-    "Tensor zero_point, int[] stride, int[] padding, int[] dilation, int groups, int[] codes, float momentum, "
-    "float eps, float low, float high, int bits, bool signed, bool symmetric, float? of_newest) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? input_scale, "
+    "Tensor mean, Tensor var, Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point, int[] stride, "
+    "int[] padding, int[] dilation, int groups, int[] codes, int bias_bits, int code_limit, float momentum, float eps, "
+    "float low, float high, int bits, bool signed, bool symmetric, float? of_newest) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_ANY_LAYOUT,
 )
 _LIBRARY.define(
@@ -87,30 +80,40 @@ def _clipping(low: float, high: float, bits: int, signed: bool, symmetric: bool,
     return Clipping(Rounding(low, high, spec, None, "cpu"), weight, functions)
 
 
-def _layer_parameters(
-    weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, eps, qmin, qmax, bias_bits, code_limit = rest
-    given: list[Any] = [None if one is None else one.contiguous() for one in (bias, *tensors)]
-    rule = _parameters(qmin, qmax, bias_bits, code_limit, eps)
-    found = rule(weight, *given) or rule(weight.contiguous(), *given)
+def _layer_forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    bias, gamma, beta, input_scale = (None if one is None else one.contiguous() for one in rest[:4])
+    mean, var, *grid = (tensor.clone(memory_format=torch.contiguous_format) for tensor in rest[4:10])
+    codes, bias_bits, code_limit, momentum, eps, *rounding = rest[14:]
+    given = bias, gamma, beta, mean, var, input_scale
+    rule = _parameters(*codes, bias_bits, code_limit, eps)
+    parameters = rule(weight, *given, ROOM_OF_WEIGHTS.like(weight)) or rule(weight.contiguous(), *given)
+    assert parameters is not None
+    image = x.contiguous(memory_format=_order(x, rest[13]))
+    y = _laid_out(_convolution(*rest[10:14])(image, parameters.value, bias), _like_output(x, weight, rest[10:14]))
+    to = Remembered(mean, var, None, *grid)
+    found = _following(momentum, eps, *rounding).forward(y, gamma, beta, parameters.error, parameters.silenced, to)
     assert found is not None
-    error = torch.zeros_like(found.step) if found.error is None else found.error
-    return _laid_out(found.value, weight), found.step, error, found.silenced
+    return found[0], y, found[1], parameters.step, mean, var, *grid
 
 
-def _layer_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, y: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    _, error, silenced, *state = rest[:9]
-    mean, var, *grid = (tensor.clone(memory_format=torch.contiguous_format) for tensor in state)
-    steps, to = _following(*rest[14:]), Remembered(mean, var, None, *grid)
-    given: tuple[Any, ...]
-    given = *(None if one is None else one.contiguous() for one in (gamma, beta, error, silenced)), to
-    found = steps.forward(y, *given) or steps.forward(y.contiguous(), *given)
-    assert found is not None
-    out, kept, _ = found
-    return _laid_out(out, y), kept, mean, var, *grid
+def _convolution(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Convolution:
+    return Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _like_output(x: Tensor, weight: Tensor, linear: tuple[Any, ...]) -> Tensor:
+    """What the convolution puts out, as far as shape and order of memory go."""
+    shape = _convolution(*linear).output_shape(x, weight)
+    return torch.empty(shape, dtype=x.dtype, device="meta", memory_format=_order(x, linear[-1]))
+
+
+def _order(x: Tensor, groups: int) -> torch.memory_format:
+    """In which order of memory a convolution is taken.
+
+    Of a dense one, weights and their gradients would have to change places, too, which costs more than it wins.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    plain = last is None or (groups == 1 and not x.is_contiguous(memory_format=last))
+    return torch.contiguous_format if last is None or plain else last
 
 
 def _layer_backward(
@@ -124,16 +127,16 @@ def _layer_backward(
     value = torch.empty_like(weight) if room is None else room
     if not _parameters(*codes, 0, 0, 0.0).again(weight, step, value):
         value = round_to_grid(weight, step.view(-1, *[1] * (weight.ndim - 1)), *codes)
-    stride, padding, dilation, groups = linear
-    convolution = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
-    pairs = zip(convolution.backward(grad_y, x, value, wanted), (x, weight, step), strict=True)
+    pairs = zip(_convolution(*linear).backward(grad_y, x, value, wanted), (x, weight, step), strict=True)
     nothing = y.new_empty(0)
     return *(nothing if one is None else _laid_out(one, like) for one, like in pairs), *others
 
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
     """The same values in the same order of memory as another tensor: what a compiler was told to expect."""
-    return value if value.stride() == like.stride() else torch.empty_like(like, dtype=value.dtype).copy_(value)
+    if value.stride() == like.stride():
+        return value
+    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -144,16 +147,11 @@ def _clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _laid_out(out, v), _laid_out(mask, v), *moved
 
 
-def _fake_parameters(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels = weight.shape[0]
-    silenced = weight.new_empty(channels, dtype=torch.bool)
-    return torch.empty_like(weight), weight.new_empty(channels), weight.new_empty(channels), silenced
-
-
-def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    y = rest[4]
-    kept = y.new_empty(kept_values(y.shape[1]))
-    return torch.empty_like(y), kept, *(torch.empty_like(one) for one in rest[8:14])
+def _fake_forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    like, channels = _like_output(x, weight, rest[10:14]), len(weight)
+    out, y = (torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device) for _ in range(2))
+    kept, step = x.new_empty(kept_values(channels)), x.new_empty(channels)
+    return out, y, kept, step, *(torch.empty_like(one) for one in rest[4:10])
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -168,15 +166,14 @@ def _fake_clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, _, y, step = inputs[:7]
-    ctx.linear = inputs[15:20]
-    ctx.save_for_backward(x, weight, y, step, output[1])
+    ctx.linear = inputs[12:17]
+    ctx.save_for_backward(*inputs[:2], output[1], output[3], output[2])
 
 
 def _backward_of_forward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad
     found = torch.ops.qbench.layer_backward(grads[0], *ctx.saved_tensors, *ctx.linear, list(wanted[:3]))
-    return *(value if asked else None for value, asked in zip(found, wanted[:5], strict=True)), *[None] * 23
+    return *(value if asked else None for value, asked in zip(found, wanted[:5], strict=True)), *[None] * 22
 
 
 def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -187,18 +184,8 @@ def _masked(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return grads[0] * ctx.saved_tensors[0], *[None] * 10
 
 
-def layer_parameters(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`Ŵ/k`, its step, `e` (zeros where the bias stays float) and silenced channels, all without a gradient.
-
-    Args:
-        arguments: Of the operator.
-    """
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.qbench.layer_parameters(*arguments)
-    return found
-
-
 def layer_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The output, what backward needs, and the six tensors that move; arguments as of the operator."""
+    """The output, three that backward needs, and the six tensors that move; arguments as of the operator."""
     found: tuple[Tensor, ...] = torch.ops.qbench.layer_forward(*arguments)
     return found
 
@@ -210,7 +197,6 @@ def clip(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 for _name, _function, _fake in (
-    ("layer_parameters", _layer_parameters, _fake_parameters),
     ("layer_forward", _layer_forward, _fake_forward),
     ("layer_backward", _layer_backward, _fake_backward),
     ("clip", _clip, _fake_clip),
