@@ -81,7 +81,7 @@ class LSQ(LearnedFakeQuantize):
         if self.training:
             self.note_size(shape)
         scale = self._apart()
-        return super().learned_grid(shape) if scale is None else LearnedGrid(scale, None, self.start_zero_point)
+        return super().learned_grid(shape) if scale is None else LearnedGrid(scale, None, self.zero_point.clone())
 
     def _apart(self) -> LearnedScale | None:
         """Start and change as they are; None before the first gradient, which has to be noticed, and elsewhere."""

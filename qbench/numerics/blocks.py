@@ -13,6 +13,7 @@ there, kernels are fused by the compiler, or launched at a price.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import threading
@@ -70,10 +71,11 @@ def in_parts(source: Tensor, target: Tensor, *others: Tensor) -> Iterator[tuple[
 def _largest_cache() -> int:
     """In bytes; 0 where the system does not say."""
     sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KM]?)", path.read_text(encoding="ascii").strip())
-        if found is not None:
-            sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20}[found[2]])
+    with contextlib.suppress(OSError):
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+            found = re.fullmatch(r"(\d+)([KM]?)", path.read_text(encoding="ascii").strip())
+            if found is not None:
+                sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20}[found[2]])
     return max(sizes)
 
 

@@ -301,6 +301,21 @@ def test_layers_with_learned_grids_are_one_function(monkeypatch: pytest.MonkeyPa
     assert calls[0].scale.learned is calls[1].input_scale.learned
 
 
+def test_buffers_may_be_written_to_between_forward_and_backward() -> None:
+    """As DDP does, where a step has two forwards."""
+    model = learning()
+    other = copy.deepcopy(model)
+    for one in (model, other):
+        outputs = []
+        for image in batches()[:2]:
+            outputs.append(one(image).square().mean())
+            if one is model:
+                for buffer in one.buffers():
+                    buffer.copy_(buffer.clone())
+        sum(outputs).backward()  # type: ignore[union-attr]
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)
 @pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
 def test_an_image_gets_no_gradient_for_the_sake_of_its_scale(

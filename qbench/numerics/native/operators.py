@@ -88,8 +88,9 @@ def _layer_forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     rule = _parameters(*codes, bias_bits, code_limit, eps)
     parameters = rule(weight, *given, ROOM_OF_WEIGHTS.like(weight)) or rule(weight.contiguous(), *given)
     assert parameters is not None
-    image = x.contiguous(memory_format=_order(x, rest[13]))
-    y = _laid_out(_convolution(*rest[10:14])(image, parameters.value, bias), _like_output(x, weight, rest[10:14]))
+    order = _order(x, rest[13])
+    y = _convolution(*rest[10:14])(x.contiguous(memory_format=order), parameters.value, bias)
+    y = y.contiguous(memory_format=order)
     to = Remembered(mean, var, None, *grid)
     found = _following(momentum, eps, *rounding).forward(y, gamma, beta, parameters.error, parameters.silenced, to)
     assert found is not None
@@ -98,12 +99,6 @@ def _layer_forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _convolution(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Convolution:
     return Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
-def _like_output(x: Tensor, weight: Tensor, linear: tuple[Any, ...]) -> Tensor:
-    """What the convolution puts out, as far as shape and order of memory go."""
-    shape = _convolution(*linear).output_shape(x, weight)
-    return torch.empty(shape, dtype=x.dtype, device="meta", memory_format=_order(x, linear[-1]))
 
 
 def _order(x: Tensor, groups: int) -> torch.memory_format:
@@ -134,9 +129,7 @@ def _layer_backward(
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
     """The same values in the same order of memory as another tensor: what a compiler was told to expect."""
-    if value.stride() == like.stride():
-        return value
-    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)
+    return value if value.stride() == like.stride() else torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
 def _clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -148,9 +141,9 @@ def _clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    like, channels = _like_output(x, weight, rest[10:14]), len(weight)
-    out, y = (torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device) for _ in range(2))
-    kept, step = x.new_empty(kept_values(channels)), x.new_empty(channels)
+    shape, order = _convolution(*rest[10:14]).output_shape(x, weight), _order(x, rest[13])
+    out, y = (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order) for _ in range(2))
+    kept, step = x.new_empty(kept_values(len(weight))), x.new_empty(len(weight))
     return out, y, kept, step, *(torch.empty_like(one) for one in rest[4:10])
 
 
