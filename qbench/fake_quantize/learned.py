@@ -168,6 +168,9 @@ class LearnedFakeQuantize(FakeQuantize):
         """The grid for an activation of this shape."""
         if self.training:
             self.note_size(shape)
+        return self._learned_grid()
+
+    def _learned_grid(self) -> LearnedGrid:
         snapshot = self.snapshot()
         return LearnedGrid(LearnedScale(snapshot.scale), self.zero_point_of(snapshot), snapshot.zero_point)
 

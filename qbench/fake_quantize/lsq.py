@@ -76,12 +76,9 @@ class LSQ(LearnedFakeQuantize):
         """See `LearnedFakeQuantize.learned_scale_of`."""
         return self._apart() or super().learned_scale_of(weight)
 
-    def learned_grid(self, shape: Sequence[int]) -> LearnedGrid:
-        """See `LearnedFakeQuantize.learned_grid`."""
-        if self.training:
-            self.note_size(shape)
+    def _learned_grid(self) -> LearnedGrid:
         scale = self._apart()
-        return super().learned_grid(shape) if scale is None else LearnedGrid(scale, None, self.zero_point.clone())
+        return super()._learned_grid() if scale is None else LearnedGrid(scale, None, self.zero_point.clone())
 
     def _apart(self) -> LearnedScale | None:
         """Start and change as they are; None before the first gradient, which has to be noticed, and elsewhere."""

@@ -132,15 +132,15 @@ class RoomOfBackward(Room):
         self._values = None
 
 
-# Of so many axes; asked for these, a tensor answers in a third of the time that a view of it takes.
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+#: Of so many axes; asked for these, a tensor answers in a third of the time that a view of it takes.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def channels_are_last(x: Tensor) -> bool | None:
     """Whether (batch, channels, …) has its channels last in memory; None where its memory is in neither order."""
     if x.is_contiguous():
         return False
-    form = _CHANNELS_LAST.get(x.ndim)
+    form = CHANNELS_LAST.get(x.ndim)
     if form is None:
         return True if x.movedim(1, -1).is_contiguous() else None
     return True if x.is_contiguous(memory_format=form) else None

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from qbench.numerics.blocks import dense, in_rows
 from qbench.numerics.generated import BothWays, Generated, Tensors, generated, once
 from qbench.numerics.interval import first_beyond
-from qbench.numerics.qparams import LearnedScale, QSpec, choose_qparams, steps_from_zero
+from qbench.numerics.qparams import LearnedScale, QSpec, choose_qparams, steps_from_zero, to_learned
 from qbench.numerics.straight_through import GridGradient
 
 
@@ -220,7 +220,7 @@ class _RoundLearned(torch.autograd.Function):
         result = torch.empty_like(v)
         grad = grads[0] if grads[0].stride() == v.stride() else torch.empty_like(v).copy_(grads[0])
         to_scale, to_zero = ctx.code.backward(*map(in_rows, (result, grad, v)), *grid)
-        found = result, to_scale if slope is None else to_scale * slope, to_zero
+        found = result, to_learned(to_scale, slope), to_zero
         given = (value if needed else None for value, needed in zip(found, ctx.needs_input_grad[:3], strict=True))
         return *given, None, None, None
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from qbench.numerics.blocks import Room
 from qbench.numerics.fused import Followed
-from qbench.numerics.qparams import LearnedScale, QParams
+from qbench.numerics.qparams import LearnedScale, QParams, to_learned
 from qbench.numerics.saved_codes import Coded
 
 #: Of more weights than this, Ŵ/k is rounded again in backward; fewer cost less memory than rounding them costs time.
@@ -298,8 +298,7 @@ def _along_image(scale: LearnedScale, slopes: Tensor, linear: Convolution, value
 
     Of an image of few channels, the convolution on the right takes half the time of that on the left, or less.
     """
-    found, slope = torch.sum(linear(slopes, value, None) * grad), scale.resolved()[1]
-    return found if slope is None else found * slope
+    return to_learned(torch.sum(linear(slopes, value, None) * grad), scale.resolved()[1])
 
 
 def normalized(

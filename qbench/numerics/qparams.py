@@ -54,6 +54,11 @@ class LearnedScale(NamedTuple):
         return value.abs().clamp_(min=SMALLEST_SCALE), torch.copysign(torch.full_like(value, self.factor), value)
 
 
+def to_learned(grad: Tensor, slope: Tensor | None) -> Tensor:
+    """The gradient to `LearnedScale.learned`, from that to `s` and the slope of `resolved`."""
+    return grad if slope is None else grad * slope
+
+
 # float32 holds every integer up to here.
 _EXACT_FLOAT = 2**24
 

@@ -312,8 +312,9 @@ def test_buffers_may_be_written_to_between_forward_and_backward() -> None:
             if one is model:
                 for buffer in one.buffers():
                     buffer.copy_(buffer.clone())
-        sum(outputs).backward()  # type: ignore[union-attr]
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True))  # type: ignore[arg-type]
+        torch.stack(outputs).sum().backward()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)

@@ -35,7 +35,7 @@ from qbench.numerics.generated_rounding import RoundingCode, clip_code, clip_qua
 from qbench.numerics.interval import is_served
 from qbench.numerics.layer_step import Follow, normalized
 from qbench.numerics.native.steps import Clipping, Following, Remembered, clipping, following, learned_rounding
-from qbench.numerics.qparams import LearnedScale
+from qbench.numerics.qparams import LearnedScale, to_learned
 from qbench.observers import Observer
 
 Step = Callable[[Tensor], Tensor]
@@ -331,7 +331,7 @@ def _through(backward: fused.Backward, slope: Tensor) -> fused.Backward:
 
     def found(*given: Any) -> tuple[Tensor | None, ...]:
         *others, to_scale, to_zero = backward(*given)
-        return *others, None if to_scale is None else to_scale * slope, to_zero
+        return *others, None if to_scale is None else to_learned(to_scale, slope), to_zero
 
     return found
 

@@ -49,19 +49,17 @@ def training_step(layer: QatLayer, x: Tensor) -> Tensor | None:
 def image_step(layer: QatLayer, x: Tensor) -> Tensor | None:
     """The same of a layer that rounds its input itself, given that, where only its scale needs the gradient to `x̂`."""
     plan = None if x.requires_grad or producer_of(x) is not None else _plan_for(layer, x)
-    if plan is None or plan.image is None:
+    if plan is None or plan.image is None or not dense(x).is_contiguous():
         return None
-    step, quantizer = plan.step, None if plan.learns is None else plan.learns.of_input
-    grid = None if quantizer is None or not dense(x).is_contiguous() else quantizer.learned_grid(x.shape)
-    if step is None or plan.learns is None or grid is None or grid.zero_point is not None:
-        return None
-    learned = plan.learns(layer, x, step)
+    assert plan.step is not None and plan.learns is not None and plan.learns.of_input is not None
+    quantizer = plan.learns.of_input
+    grid, learned = quantizer.learned_grid(x.shape), plan.learns(layer, x, plan.step)
     if learned is None:
         return None
     rounded, (scale, _) = torch.empty_like(x), grid.scale.resolved()
     plan.image.forward(in_rows(rounded), in_rows(x), scale, grid.place)
     slopes = functools.partial(plan.image.rounding.slopes, scale=scale, zero_point=grid.place)
-    return _taken(layer, note_producer(rounded, quantizer), plan, step, learned._replace(image=x, slopes=slopes))
+    return _taken(layer, note_producer(rounded, quantizer), plan, plan.step, learned._replace(image=x, slopes=slopes))
 
 
 def _plan_for(layer: QatLayer, x: Tensor) -> Plan | None:
@@ -189,8 +187,9 @@ def _image_of(layer: QatLayer, learns: Learns | None) -> LearnedRounding | None:
     quantizer = None if learns is None else learns.of_input
     if quantizer is None or list(layer.input_quantizers.values()) != [quantizer]:
         return None
-    if type(quantizer).regularized is not LearnedFakeQuantize.regularized:
-        return None
+    kind, base = type(quantizer), LearnedFakeQuantize
+    if (kind.regularized, kind.zero_point_of) != (base.regularized, base.zero_point_of):
+        return None  # more than the scale learns
     rounding = rounding_of(bounds_of(None), quantizer, "cpu")
     return None if rounding is None else learned_rounding(*rounding)
 

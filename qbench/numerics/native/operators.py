@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench.numerics.blocks import channels_are_last, dense
+from qbench.numerics.blocks import CHANNELS_LAST, channels_are_last, dense
 from qbench.numerics.generated_epilogue import Plan
 from qbench.numerics.generated_rounding import Rounding
 from qbench.numerics.layer_step import ROOM_OF_WEIGHTS, Convolution
@@ -106,9 +106,10 @@ def _order(x: Tensor, groups: int) -> torch.memory_format:
 
     Of a dense one, weights and their gradients would have to change places, too, which costs more than it wins.
     """
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    plain = last is None or (groups == 1 and not x.is_contiguous(memory_format=last))
-    return torch.contiguous_format if last is None or plain else last
+    last = CHANNELS_LAST.get(x.ndim)
+    if last is None or (groups == 1 and not x.is_contiguous(memory_format=last)):
+        return torch.contiguous_format
+    return last
 
 
 def _layer_backward(
