@@ -26,7 +26,7 @@ demo: install ## train ResNet-18 on real digits, deploy it to two runtimes, veri
 zoo: install ## every torchvision model the whole way, one process each, hours; goes on where it stopped: docs/zoo.md
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m benchmarks.zoo.run
 
-bench: install ## training steps and all around them, timed beside the peers, hours; goes on where it stopped: docs/benchmarks.md
+bench: $(VENV)/.installed-peers ## training steps and all around them, timed beside the peers, hours; goes on where it stopped: docs/benchmarks.md
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.speed.run $(BENCH)  # timed on a quiet machine, as programs run there
 
 test: lint ## lint, types, spelling and every test that is not slow
@@ -54,6 +54,11 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+# Without what they depend on: that asks for an older setuptools than torch does, and is there already.
+$(VENV)/.installed-peers: $(VENV)/.installed benchmarks/peers.txt
+	$(PIP) install -q --no-deps -r benchmarks/peers.txt
 	@touch $@
 
 clean: ## remove the environment, the runs and every cache

@@ -95,23 +95,30 @@ def pt2e(name: str, model: nn.Module, images: Images) -> nn.Module:
 
 
 def brevitas(name: str, model: nn.Module, images: Images) -> nn.Module:
-    """Brevitas: convolutions, linear layers and ReLUs swapped for its own; BatchNorm stays, the bias is in float."""
-    import brevitas.nn as qnn
-    from brevitas.quant import Int8WeightPerChannelFloat
+    """Brevitas: convolutions, linear layers and activations swapped for its own; BatchNorm stays, the bias is in float.
 
+    Activations learn their scale. It starts at a quantile of what the first steps see, 300 of them by default: one
+    here, so that what is timed are the steps behind it.
+    """
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
+
+    signed, unsigned = (kind.let(collect_stats_steps=1) for kind in (Int8ActPerTensorFloat, Uint8ActPerTensorFloat))
+    shared = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
     for module in list(model.modules()):
         for child, part in module.named_children():
             if isinstance(part, nn.ReLU):
-                setattr(module, child, qnn.QuantReLU())
+                setattr(module, child, qnn.QuantReLU(act_quant=unsigned))
+            elif isinstance(part, nn.SiLU):
+                setattr(module, child, nn.Sequential(part, qnn.QuantIdentity(act_quant=signed)))
             elif isinstance(part, (nn.Conv2d, nn.Linear)):
                 kind = qnn.QuantConv2d if isinstance(part, nn.Conv2d) else qnn.QuantLinear
-                keys = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-                keys = keys if isinstance(part, nn.Conv2d) else ("in_features", "out_features")
+                keys = shared if isinstance(part, nn.Conv2d) else ("in_features", "out_features")
                 options = {key: getattr(part, key) for key in keys}
                 swapped = kind(**options, bias=part.bias is not None, weight_quant=Int8WeightPerChannelFloat)
                 swapped.load_state_dict(part.state_dict(), strict=False)
                 setattr(module, child, swapped)
-    return nn.Sequential(qnn.QuantIdentity(), model).train()
+    return nn.Sequential(qnn.QuantIdentity(act_quant=signed), model).train()
 
 
 def made(form: Form, name: str, model: nn.Module, images: Images, memory_format: torch.memory_format) -> nn.Module:
