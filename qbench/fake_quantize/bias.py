@@ -24,6 +24,9 @@ NARROWEST_INPUT_WEIGHT_BITS = 16
 
 SMALLEST_BIAS_SCALE = 2.0**-120
 
+# From here on, and for codes up to this share of their limit, it is clear that the weight-scale floor lies below.
+CLEAR_BIAS_SCALE, CLEAR_SHARE = 2.0 * SMALLEST_BIAS_SCALE, 0.99
+
 
 @dataclasses.dataclass(frozen=True)
 class BiasSpec:
@@ -56,6 +59,11 @@ class BiasSpec:
     def code_limit(self) -> int:
         """Largest |q_b|."""
         return numerics.code_limit(self.bits)
+
+    @property
+    def clear_limit(self) -> float:
+        """Largest |q_b| that clearly fits, without a look at the weight-scale floor."""
+        return CLEAR_SHARE * self.code_limit
 
     def __str__(self) -> str:
         return f"int{self.bits} at {self.scale} scale"
@@ -100,8 +108,8 @@ class BiasQuantizer(nn.Module):
             return False
         scale = scale.detach()
         lowest, highest = torch.aminmax(bias.detach() / scale)
-        usable = scale.amin() >= 2.0 * SMALLEST_BIAS_SCALE
-        return bool(usable) and max(-float(lowest), float(highest)) <= 0.99 * self.spec.code_limit
+        usable = scale.amin() >= CLEAR_BIAS_SCALE
+        return bool(usable) and max(-float(lowest), float(highest)) <= self.spec.clear_limit
 
     def forward(self, bias: Tensor, scale: Tensor) -> Tensor:
         """`b̂`, (out,)."""

@@ -129,27 +129,31 @@ def _wide_grid(
 
 
 def round_to_grid(
-    x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, room: Tensor | None = None
+    x: Tensor, scale: Tensor, low: Tensor | int | None, high: Tensor | int | None, room: Tensor | None = None
 ) -> Tensor:
     """`clamp(rne(x · (1/s)), low, high) · s`, computed in float32, in the shape, layout and dtype of `x`; no gradient.
 
     Args:
         x: float, any shape.
         scale: `s`, float32, broadcasting against `x`.
-        low: `qmin − z`, float32, of the shape of `scale`; or one number for all.
+        low: `qmin − z`, float32, of the shape of `scale`; or one number for all; or None, where nothing lies outside.
         high: `qmax − z`, likewise.
         room: Where eager code puts it, like `x`; None for memory of its own.
     """
     inverse = 1.0 / scale
     if torch.compiler.is_compiling():
-        return ((x.float() * inverse).round().clamp(low, high) * scale).to(x.dtype)  # type: ignore[arg-type]
+        steps = (x.float() * inverse).round()
+        inside = steps if low is None else steps.clamp(low, high)  # type: ignore[arg-type]
+        return (inside * scale).to(x.dtype)
     result = torch.empty_like(x) if room is None else room
     ends = [end for end in (low, high) if isinstance(end, Tensor)]
     for source, target, step, size, *wide_ends in in_parts(x, result, inverse, scale, *ends):
         wide = source.float()  # not in the product: of float16 with a scalar, that would be float16
         steps = target if wide is source else wide
         torch.mul(wide, step, out=steps).round_()
-        torch.clamp(steps, *(wide_ends or (low, high)), out=steps).mul_(size)
+        if low is not None:
+            torch.clamp(steps, *(wide_ends or (low, high)), out=steps)
+        steps.mul_(size)
         if steps is not target:
             target.copy_(steps)
     return result

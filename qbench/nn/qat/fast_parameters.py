@@ -15,11 +15,12 @@ from torch import Tensor
 
 from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.fake_quantize.base import is_hooked
-from qbench.fake_quantize.bias import BiasSpec
+from qbench.fake_quantize.bias import CLEAR_BIAS_SCALE, BiasSpec
 from qbench.fake_quantize.learned import LearnedFakeQuantize, positive
 from qbench.nn.qat.parameters import Folding, bias_error, rounding_code, training_parameters
 from qbench.numerics.bias import WIDEST_STORED_BITS
 from qbench.numerics.blocks import at_hand, channels_are_last, from_memory_order, in_memory_order, in_rows
+from qbench.numerics.channels import ChannelParameters
 from qbench.numerics.fold import BatchNormTensors, WeightLayout
 from qbench.numerics.generated import DEVICES, Generated, Tensors, generated, same_bits, standing_for
 from qbench.numerics.layer_step import NOTHING_LEARNED, Learned, TrainingParameters
@@ -27,6 +28,7 @@ from qbench.numerics.native import steps as native
 from qbench.numerics.native.library import library, trusted
 from qbench.numerics.qparams import SMALLEST_SCALE, LearnedScale, QParams, QSpec
 from qbench.numerics.straight_through import round_to_grid, straight_through
+from qbench.numerics.weights import LARGEST_STEP
 from qbench.observers import LatestMinMaxObserver
 
 
@@ -53,15 +55,40 @@ def native_parameters(folding: Folding, weight: Tensor, eps: float | None) -> na
     """The parameters by C++; None where there is nothing for them. Arguments as of `parameter_code`."""
     quantizer, bias = folding.weight_quantizer, folding.bias_quantizer
     learned = isinstance(quantizer, LearnedFakeQuantize)
-    if not (folding.learned if learned else folding.straight) or folding.layout.transposed or not at_hand(weight):
-        return None
-    if is_hooked(quantizer, quantizer.observer):
-        return None
-    if bias is not None and (bias.spec.scale != "input_weight" or bias.spec.bits > WIDEST_STORED_BITS):
+    if not (folding.learned if learned else folding.straight) or not _is_common(folding, weight):
         return None
     if learned:
         return None if eps is None else _learned_parameters(quantizer.spec, None if bias is None else bias.spec, eps)
     return _native_parameters(_rule_of(folding), eps) if type(quantizer.observer) is LatestMinMaxObserver else None
+
+
+def channel_parameters(folding: Folding, weight: Tensor, eps: float) -> ChannelParameters | None:
+    """The parameters by NumPy, for the plain path; None where there is nothing for them. See `parameter_code`."""
+    if not _is_common(folding, weight) or type(folding.weight_quantizer.observer) is not LatestMinMaxObserver:
+        return None
+    return _channel_parameters(_rule_of(folding), eps) if folding.straight else None
+
+
+def _is_common(folding: Folding, weight: Tensor) -> bool:
+    """Whether a layer is of the kind that there is C++ for, but for its weight's quantizer."""
+    quantizer, bias = folding.weight_quantizer, folding.bias_quantizer
+    if folding.layout.transposed or not at_hand(weight) or is_hooked(quantizer, quantizer.observer):
+        return False
+    return bias is None or (bias.spec.scale == "input_weight" and bias.spec.bits <= WIDEST_STORED_BITS)
+
+
+@functools.lru_cache(maxsize=256)
+def _channel_parameters(folding: Folding, eps: float) -> ChannelParameters | None:
+    """With the bits of PyTorch's operators, on a sample without the channels that are left to these."""
+    bias, spec = folding.bias_quantizer, folding.weight_quantizer.spec
+    found = ChannelParameters(spec.qmax, 0.0 if bias is None else bias.spec.clear_limit, CLEAR_BIAS_SCALE, eps)
+    rare = _WITHOUT_WEIGHTS, _WITHOUT_FACTOR, _WITH_HUGE_BIAS
+    common = [channel for channel in range(_CHANNELS) if channel not in rare]
+    given: Any = [one[common] if one is not None and one.ndim else one for one in _sample(folding, eps, "cpu")]
+    constants: Any = folding, eps, "cpu"
+    with torch.no_grad():
+        ours, wanted = found(*given), _training_parameters(*given, *constants)
+    return found if ours is not None and all(map(same_bits, ours, wanted)) else None
 
 
 def _in_cpp(spec: QSpec, bias: BiasSpec | None, eps: float | None) -> native.Parameters | None:
@@ -258,6 +285,7 @@ class StraightParameters:
         source: The quantizer of the input where it is on a grid; else None.
         functions: Of `native_parameters`, or None.
         code: Of `parameter_code`, or None.
+        by_channels: Of `channel_parameters`, or None.
     """
 
     folding: Folding
@@ -265,6 +293,7 @@ class StraightParameters:
     source: FakeQuantize | None
     functions: native.Parameters | None
     code: Generated | None
+    by_channels: ChannelParameters | None
 
     @classmethod
     def of(cls, folding: Folding, bn: Any, source: FakeQuantize | None, weight: Tensor) -> StraightParameters | None:
@@ -273,7 +302,7 @@ class StraightParameters:
             return None
         functions = native_parameters(folding, weight, bn.eps) if folding.fast_path else None
         code = parameter_code(folding, weight, bn.eps) if folding.fast_path and functions is None else None
-        return cls(folding, bn, source, functions, code)
+        return cls(folding, bn, source, functions, code, channel_parameters(folding, weight, bn.eps))
 
     def __call__(
         self,
@@ -292,9 +321,13 @@ class StraightParameters:
             if found is not None:
                 grid = None if room is None else _grid_of(found.step, self.folding)
                 return TrainingParameters(found.value, grid, found.error, found.silenced)
-        if self.code is None:
-            return training_parameters(self.folding, weight, bias, bn, input_scale, room)
-        return generated_parameters(self.folding, weight, bias, bn, input_scale, self.code)
+        if self.code is not None:
+            return generated_parameters(self.folding, weight, bias, bn, input_scale, self.code)
+        if self.by_channels is not None:
+            common = self.by_channels(weight, bias, gamma, beta, bn.mean, bn.var, input_scale, room)
+            if common is not None:
+                return TrainingParameters(common.value, _grid_of(common.step, self.folding), common.error, None)
+        return training_parameters(self.folding, weight, bias, bn, input_scale, room)
 
     def again(self, weight: Tensor, qparams: QParams, room: Tensor | None = None) -> Tensor:
         """See `qbench.numerics.layer_step.Parameters`."""
@@ -303,7 +336,9 @@ class StraightParameters:
             return value
         code = None if self.code is None else rounding_code(weight, qparams, self.folding.weight_quantizer)
         if code is None:
-            return round_to_grid(weight, qparams.spread(qparams.scale, weight), qparams.qmin, qparams.qmax, value)
+            clips = bool(qparams.scale.max() >= LARGEST_STEP)
+            least, most = (qparams.qmin, qparams.qmax) if clips else (None, None)
+            return round_to_grid(weight, qparams.spread(qparams.scale, weight), least, most, value)
         code.forward(in_rows(value), in_rows(weight), qparams.scale[:, None], qparams.zero_point[:, None])
         return value
 
@@ -412,14 +447,17 @@ def _sample_without_bn(folding: Folding, device: str) -> list[Tensor | None]:
     return [weight, bias, input_scale]
 
 
+_CHANNELS, _WITHOUT_WEIGHTS, _WITHOUT_FACTOR, _WITH_HUGE_BIAS = 24, 3, 5, 7
+
+
 def _sample(folding: Folding | None, eps: float, device: str) -> list[Tensor | None]:
     """Arguments of `_training_parameters` with channels of every kind: usual ones, γ = 0, no weights, a huge bias."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(24, 45, generator=generator)
-    weight[3] = 0.0
-    gamma, beta, mean = torch.randn(3, 24, generator=generator)
-    gamma[5], beta[7] = 0.0, 1e6
-    var = torch.rand(24, generator=generator) + 0.1
+    weight = torch.randn(_CHANNELS, 45, generator=generator)
+    weight[_WITHOUT_WEIGHTS] = 0.0
+    gamma, beta, mean = torch.randn(3, _CHANNELS, generator=generator)
+    gamma[_WITHOUT_FACTOR], beta[_WITH_HUGE_BIAS] = 0.0, 1e6
+    var = torch.rand(_CHANNELS, generator=generator) + 0.1
     found = [weight, gamma, beta, mean, var, torch.tensor(0.02)]
     weight, *others = (value.to(device) for value in found)
     return [weight, None, *others]
