@@ -363,6 +363,80 @@ def test_what_was_learned_is_what_is_converted(method: str) -> None:
     assert int((found != expected).sum()) == 0 and len(expected.unique()) > 30
 
 
+def linear_layers() -> list[nn.Module]:
+    return [nn.Linear(11, 24), nn.ReLU(), nn.Linear(24, 40, bias=False), nn.ReLU6(), nn.Linear(40, 7)]
+
+
+def convolutions() -> list[nn.Module]:
+    return [nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 40, 3, groups=4, bias=False), nn.Hardswish()]
+
+
+WITHOUT_BN = {"linear": (linear_layers, (6, 11)), "conv": (convolutions, (4, 3, 9, 8))}
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
+@pytest.mark.parametrize("moved", [False, True], ids=["at the start", "moved"])
+@pytest.mark.parametrize("of_weight", ["lsq", "fixed"])
+@pytest.mark.parametrize("name", WITHOUT_BN)
+def test_layers_without_batch_norm_learn_as_on_the_plain_path(
+    name: str, of_weight: str, moved: bool, low_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layers, shape = WITHOUT_BN[name]
+    images, config = torch.randn(shape), qbench.get_qconfig(method="lsq", weight_method=of_weight)
+    model = qbench.prepare_qat(qbench.fuse(nn.Sequential(*layers())), qconfig=config, example_inputs=(images,)).train()
+    model.apply(qbench.enable_fast_path)
+    if low_memory:
+        model.apply(qbench.enable_low_memory)
+    if moved:
+        model(images).square().mean().backward()
+        with torch.no_grad():
+            for quantizer in model.modules():
+                if isinstance(quantizer, LearnedFakeQuantize):  # some beyond 0
+                    turned = torch.arange(max(1, quantizer.change.numel())).view(quantizer.change.shape) % 3 == 1
+                    quantizer.change.copy_(quantizer.start * torch.where(turned, -1.7, -0.3))
+        model.zero_grad()
+    other = copy.deepcopy(model).apply(qbench.disable_fast_path)
+    calls: list[Any] = []
+    apply = fast_parameters._LearnedWeightAndBias.apply
+    noted = lambda *given: calls.append(given) or apply(*given)  # noqa: E731
+    monkeypatch.setattr(fast_parameters._LearnedWeightAndBias, "apply", noted)
+    found, expected = model(images), other(images)
+    assert len(calls) == sum(isinstance(module, QatLayer) for module in model.modules())
+    assert all(given[3] is not None and (given[2] is not None) == (of_weight == "lsq") for given in calls)
+    assert int((found != expected).sum()) == 0 and len(found.unique()) > 20
+    grad = torch.randn_like(found)
+    found.backward(grad)
+    expected.backward(grad)
+    for (place, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and theirs.grad.abs().max() > 0
+        if place.endswith(("weight", "bias")):
+            assert torch.equal(ours.grad, theirs.grad), place
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5 * float(theirs.grad.abs().max()))
+
+
+def test_a_weight_gradient_that_others_hold_is_not_written_to() -> None:
+    case = case_named("linear")
+    layer, _ = make_layer(case, config=qbench.get_qconfig(method="lsq"))
+    layer.train().apply(qbench.enable_fast_path)
+    with torch.no_grad():
+        layer(batch(case.shape))
+    layer.weight_quantizer.observer_enabled = False
+    layer.weight_quantizer.start.mul_(0.02)  # clips
+    held: list[tuple[Tensor, Tensor]] = []
+    linear = layer.linear
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight.register_hook(lambda grad: held.append((grad, grad.clone())))
+        return linear(x, weight, bias)
+
+    layer.linear = watched  # type: ignore[method-assign]
+    layer(batch(case.shape)).square().mean().backward()
+    ((grad, before),) = held
+    assert torch.equal(grad, before) and layer.weight.grad is not None and not torch.equal(layer.weight.grad, grad)
+
+
 def test_learned_grids_train_alike_with_low_memory() -> None:
     model = learning()
     low = copy.deepcopy(model).apply(qbench.enable_low_memory)

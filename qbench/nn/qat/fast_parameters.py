@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qbench.fake_quantize import BiasQuantizer, FakeQuantize
 from qbench.fake_quantize.base import is_hooked
@@ -58,7 +59,7 @@ def native_parameters(folding: Folding, weight: Tensor, eps: float | None) -> na
     if not (folding.learned if learned else folding.straight) or not _is_common(folding, weight):
         return None
     if learned:
-        return None if eps is None else _learned_parameters(quantizer.spec, None if bias is None else bias.spec, eps)
+        return _learned_parameters(quantizer.spec, None if bias is None else bias.spec, eps)
     return _native_parameters(_rule_of(folding), eps) if type(quantizer.observer) is LatestMinMaxObserver else None
 
 
@@ -100,7 +101,7 @@ def _in_cpp(spec: QSpec, bias: BiasSpec | None, eps: float | None) -> native.Par
 
 
 @functools.lru_cache(maxsize=256)
-def _learned_parameters(spec: QSpec, bias: BiasSpec | None, eps: float) -> native.Parameters | None:
+def _learned_parameters(spec: QSpec, bias: BiasSpec | None, eps: float | None) -> native.Parameters | None:
     """For a weight whose steps are learned, with the bits of PyTorch's operators, gradients too."""
     found = _in_cpp(spec, bias, eps)
     if found is None:
@@ -111,11 +112,14 @@ def _learned_parameters(spec: QSpec, bias: BiasSpec | None, eps: float) -> nativ
 
 
 def _learned_by_both(
-    functions: native.Parameters, spec: QSpec, bias: BiasSpec | None, eps: float, apart: bool
+    functions: native.Parameters, spec: QSpec, bias: BiasSpec | None, eps: float | None, apart: bool
 ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """What C++ and PyTorch's operators make of a sample, forward and backward, of scales as they are or kept apart."""
-    weight, b, gamma, beta, mean, var, input_scale = _sample(None, eps, "cpu")
-    assert weight is not None and mean is not None and var is not None and input_scale is not None
+    if eps is None:
+        (weight, b, input_scale), bn = _sample_without_bn(None, "cpu"), (None, None, None, None)
+    else:
+        weight, b, *bn, input_scale = _sample(None, eps, "cpu")  # type: ignore[assignment]
+    assert weight is not None and input_scale is not None
     step = (0.7 * weight.abs().amax(1) / spec.qmax).clamp(min=SMALLEST_SCALE)
     # Of those that are kept apart, some lie beyond 0.
     turned = torch.where(torch.arange(len(step)) % 3 == 0, -step, step)
@@ -127,26 +131,26 @@ def _learned_by_both(
     folding = Folding(WeightLayout(), quantizer, None if bias is None else BiasQuantizer(bias))
     weight.requires_grad_()
     sources = [weight, *(one.learned for one in (learned_step, learned_input) if one is not None)]
-    wanted = training_parameters(folding, weight, b, BatchNormTensors(gamma, beta, mean, var, eps), given_input)
-    given = b, gamma, beta, mean, var, learned_input
+    if eps is None:
+        wanted = _weight_and_bias(weight, b, given_input, folding, "cpu")
+    else:
+        wanted = _training_parameters(weight, b, *bn, given_input, folding, eps, "cpu")  # type: ignore[arg-type]
     with torch.no_grad():
-        found = functions(weight, *given, None, learned_step, keeps=True)
-    assert found is not None and found.kept is not None and wanted.qparams is not None
-    yield found.value, wanted.weight
-    yield found.step, wanted.qparams.scale
-    yield found.error, wanted.error
-    yield found.silenced, wanted.silenced if wanted.silenced is not None else torch.zeros_like(found.silenced)
-    # One value of a channel, one channel of e at a time: sums of one term are the same in any order.
+        found = functions(weight, b, *bn, learned_input, None, learned_step, keeps=True)
+    assert found is not None and found.kept is not None
+    yield from zip(found, wanted, strict=False)
+    # One value of a channel, one channel of the bias at a time: sums of one term are the same in any order.
     channels, columns = weight.shape
+    value, _, rounded, *_ = wanted
     for place in range(channels):
-        grad, grad_error = torch.zeros_like(weight), torch.zeros(channels)
+        grad, grad_bias = torch.zeros_like(weight), torch.zeros(channels)
         grad[range(channels), [(place + row) % columns for row in range(channels)]] = torch.linspace(-1, 1, channels)
-        grad_error[place] = 0.3
-        ends = [wanted.weight] if wanted.error is None else [wanted.weight, wanted.error]
-        by_operators = torch.autograd.grad(ends, sources, [grad, grad_error][: len(ends)], retain_graph=True)
+        grad_bias[place] = 0.3
+        ends = [one for one in (value, rounded) if one is not None]
+        by_operators = torch.autograd.grad(ends, sources, [grad, grad_bias][: len(ends)], retain_graph=True)
         with torch.no_grad():
-            to_error = None if wanted.error is None else grad_error
-            ours = functions.backward(grad.clone(), weight, found.step, to_error, found.kept, True)
+            to_bias = None if rounded is None else grad_bias
+            ours = functions.backward(grad.clone(), weight, found.step, to_bias, found.kept, True)
         # A gradient that is cut off may keep its sign in a zero, or not.
         pairs = zip(ours, by_operators, strict=False)
         yield from ((one + 0.0, other + 0.0) for one, other in pairs if one is not None)
@@ -262,6 +266,63 @@ def fast_weight_and_bias(
         value, step = from_memory_order(unfolded, weight, last), found_step
     rounded = rounded if rounded is None or bias is None else straight_through(bias, rounded)
     return straight_through(weight, value), rounded, _grid_of(step, folding)
+
+
+def learned_weight_and_bias(
+    folding: Folding, weight: Tensor, bias: Tensor | None, source: FakeQuantize | None
+) -> tuple[Tensor, Tensor | None, QParams] | None:
+    """The same where the weight's steps are learned, or the scale of the input, by C++; None where that is not for it.
+
+    Args:
+        folding: How.
+        weight: `W`, float32.
+        bias: `b`, (out,), or None.
+        source: The quantizer of the input where it is on a grid; else None.
+    """
+    quantizer = folding.weight_quantizer
+    of_input = source.learned_scale() if isinstance(source, LearnedFakeQuantize) else None
+    of_weight = isinstance(quantizer, LearnedFakeQuantize)
+    functions = native_parameters(folding, weight, None) if source is not None and (of_weight or of_input) else None
+    if functions is None or not functions.serves(weight, bias):
+        return None
+    assert source is not None
+    steps = quantizer.learned_scale_of(weight) if isinstance(quantizer, LearnedFakeQuantize) else None
+    learned = None if steps is None else steps.learned, None if of_input is None else of_input.learned
+    scale = source.scale.float() if of_input is None else of_input
+    value, rounded, step = _LearnedWeightAndBias.apply(weight, bias, *learned, steps, scale, functions)
+    return value, rounded, _grid_of(step, folding)
+
+
+class _LearnedWeightAndBias(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        learned_of_steps: Tensor | None,
+        learned_of_input: Tensor | None,
+        steps: LearnedScale | None,
+        input_scale: Tensor | LearnedScale,
+        functions: native.Parameters,
+    ) -> tuple[Tensor | None, ...]:
+        found = functions(weight, bias, None, None, None, None, input_scale, None, steps, keeps=True)
+        assert found is not None  # `serves` says so before
+        ctx.functions = functions
+        ctx.save_for_backward(weight, found.step, found.kept)
+        ctx.mark_non_differentiable(found.step)
+        return found.value, found.error, found.step
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, step, kept = ctx.saved_tensors
+        grad, grad_bias, _ = grads
+        _, of_bias, of_steps, of_input = ctx.needs_input_grad[:4]
+        to_scales = grad_bias if of_steps or of_input else None
+        into = torch.empty_like(weight) if of_steps else None
+        grad_weight, grad_step, grad_input = ctx.functions.backward(grad, weight, step, to_scales, kept, of_steps, into)
+        of_scales = grad_step, grad_input if of_input else None
+        return grad_weight, grad_bias if of_bias else None, *of_scales, None, None, None
 
 
 def _grid_of(step: Tensor, folding: Folding) -> QParams:
@@ -441,7 +502,7 @@ def _weight_and_bias(
     return grid.folded(), grid.qparams.scale, rounded
 
 
-def _sample_without_bn(folding: Folding, device: str) -> list[Tensor | None]:
+def _sample_without_bn(folding: Folding | None, device: str) -> list[Tensor | None]:
     """Arguments of `_weight_and_bias` with channels of every kind."""
     weight, _, _, bias, *_, input_scale = _sample(folding, 0.0, device)
     return [weight, bias, input_scale]

@@ -26,7 +26,7 @@ from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
 from qbench.nn.qat.compiled_step import Rule, compiled_step, rule_of
 from qbench.nn.qat.epilogue import bounds_of, epilogue
-from qbench.nn.qat.fast_parameters import fast_parameters, fast_weight_and_bias
+from qbench.nn.qat.fast_parameters import fast_parameters, fast_weight_and_bias, learned_weight_and_bias
 from qbench.nn.qat.parameters import Folding, training_parameters
 from qbench.nn.qat.step import image_step, training_step
 from qbench.numerics.blocks import at_hand
@@ -207,10 +207,15 @@ class QatLayer(QatModule):
 
     def _folded_parameters(self) -> tuple[Tensor, Tensor | None, QParams]:
         """`Ŵ`, `b̂` and the grid of `Ŵ`."""
+        fast = self.batch_norm is None and self.bias_quantizer is not None and self.fast_path and self.training
+        given = self.folding(), self.linear_weight, self.linear_bias
+        if fast:
+            found = learned_weight_and_bias(*given, self.active_source())
+            if found is not None:
+                return found
         input_scale = self.input_scale()
-        plain = self.batch_norm is None and self.bias_quantizer is not None
-        if plain and self.fast_path and self.training and input_scale is not None and not input_scale.requires_grad:
-            found = fast_weight_and_bias(self.folding(), self.linear_weight, self.linear_bias, input_scale)
+        if fast and input_scale is not None and not input_scale.requires_grad:
+            found = fast_weight_and_bias(*given, input_scale)
             if found is not None:
                 return found
         grid, folded, scale = self.quantized_parameters()
@@ -224,8 +229,8 @@ class QatLayer(QatModule):
         if not at_hand(x):
             say_once(f"low memory: {x.dtype} on {x.device.type} is saved as it is; it works for float32 on a CPU")
             return contextlib.nullcontext()
-        source = self._sources[0] if self._sources else None
-        grid = source.snapshot() if source is not None and source.active else None
+        source = self.active_source()
+        grid = None if source is None else source.snapshot()
         weights = weight, qparams if self.weight_quantizer.fake_quant_enabled else None
         return SavingCodes((x, grid), weights, fast_path=self.fast_path and self.training)
 
@@ -300,12 +305,15 @@ class QatLayer(QatModule):
         """The linear part as a convolution with its gradients; None where it is none."""
         return None
 
+    def active_source(self) -> FakeQuantize | None:
+        """The quantizer of the input where that lies on a grid; else None."""
+        source = self._sources[0] if self._sources else None
+        return source if source is not None and source.active else None
+
     def input_scale(self) -> Tensor | None:
         """`s_in`, (), where the layer computes on codes; else None."""
-        source = self._sources[0] if self._sources else None
-        if source is None or not source.active or not self.weight_quantizer.fake_quant_enabled:
-            return None
-        return source.scale_in_use()
+        source = self.active_source()
+        return None if source is None or not self.weight_quantizer.fake_quant_enabled else source.scale_in_use()
 
     def _bn_tensors(self) -> BatchNormTensors | None:
         bn = self.batch_norm

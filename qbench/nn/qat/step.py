@@ -138,12 +138,6 @@ def _source_of(layer: QatLayer) -> FakeQuantize | None:
     return layer.sources[0] if layer.sources else None
 
 
-def _active_source(layer: QatLayer) -> FakeQuantize | None:
-    """That of the input where it lies on a grid."""
-    source = _source_of(layer)
-    return source if source is not None and source.active else None
-
-
 def plan_of(layer: QatLayer) -> Plan:
     """What serves a layer as it is now."""
     before, last = layer.pre_activation_quantizer, layer.output_quantizer
@@ -158,7 +152,7 @@ def plan_of(layer: QatLayer) -> Plan:
 def _step_of(
     layer: QatLayer, quantizer: FakeQuantize | None, bounds: tuple[float, float] | None, learns: Learns | None
 ) -> LayerStep | None:
-    linear, source = layer.convolution(), _active_source(layer)
+    linear, source = layer.convolution(), layer.active_source()
     if not layer.uses_batch_statistics() or layer.sources is None:
         return None
     if quantizer is None or linear is None:
@@ -178,7 +172,7 @@ def _step_of(
 
 
 def _learns(layer: QatLayer, quantizer: FakeQuantize | None) -> Learns | None:
-    there = _active_source(layer), layer.weight_quantizer, quantizer
+    there = layer.active_source(), layer.weight_quantizer, quantizer
     learning = [one if isinstance(one, LearnedFakeQuantize) else None for one in there]
     return Learns(*learning) if any(one is not None for one in learning) else None
 

@@ -135,26 +135,29 @@ class Parameters:
         grad_error: Tensor | None,
         kept: Tensor,
         learns: bool,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients to W, to what is learned of the steps of its range, and to that of `s_in` where there is an e.
 
         Args:
-            grad: That to the value, like `W`; written to.
+            grad: That to the value, like `W`; written to unless there is an `into`.
             weight: `W`.
             step: As found.
             grad_error: That to e, (out,), or None.
             kept: As found.
             learns: Whether the steps are learned.
+            into: Where to put the gradient to W, like W, where the steps are learned; None for the place of `grad`.
         """
         if learns and grad.stride() != weight.stride():
             grad = torch.empty_like(weight).copy_(grad)
         channels, given = len(weight), learns * _LEARNS + (grad_error is not None) * _ERROR + _KEEPS
         grad_step = torch.empty_like(step) if learns else step
         grad_input = weight.new_empty(())
-        tensors = grad, weight, step, kept if grad_error is None else grad_error, kept
+        tensors = grad, weight, step, kept if grad_error is None else grad_error.contiguous(), kept
         sizes = given, channels, weight.numel() // channels, self.qmin, self.qmax, self.bias_bits
-        self.functions.backward_of_weight(*tensors, *sizes, grad, grad_step, grad_input)
-        return grad, grad_step if learns else None, None if grad_error is None else grad_input
+        grad_weight = into if learns and into is not None else grad
+        self.functions.backward_of_weight(*tensors, *sizes, grad_weight, grad_step, grad_input)
+        return grad_weight, grad_step if learns else None, None if grad_error is None else grad_input
 
     @staticmethod
     def serves(weight: Tensor, *others: Tensor | None) -> bool:
