@@ -71,16 +71,13 @@ class Interval(NamedTuple):
             out: Like `v`, or `v` itself: becomes the result.
             mask: int8, like `v`: becomes 1 where the gradient passes, else 0.
         """
+        if mask is not None:
+            above, below = self.passing()
+            one, room = torch.ones(()), Scratch()
+            for source, inside in in_blocks(v, mask):
+                inside.copy_(passed(one, source, above, below, out=room.like(source)))
         least, most = max(self.low, _float32(self.first * self.scale)), min(self.high, _float32(self.last * self.scale))
-        if mask is None:
-            for source, target in in_parts(v, out):
-                torch.clamp(source, least, most, out=target).mul_(self.steps_per_unit).round_().mul_(self.scale)
-            return
-        above, below = self.passing()
-        ones, room = torch.ones_like(next(in_blocks(v))[0]), Scratch()
-        for source, target, inside in in_blocks(v, out, mask):
-            given = ones if ones.shape == source.shape else ones[: len(source)]
-            inside.copy_(passed(given, source, above, below, out=room.like(source)))
+        for source, target in in_parts(v, out):
             torch.clamp(source, least, most, out=target).mul_(self.steps_per_unit).round_().mul_(self.scale)
 
     def _first_beyond(self, steps: int) -> float:
@@ -114,7 +111,7 @@ def interval_of(grid: QParams | Numbers, bounds: tuple[float, float] = (-math.in
 
 
 def passed(grad: Tensor, v: Tensor, above: float, below: float, out: Tensor) -> Tensor:
-    """`grad` where `above < v < below`, else 0, written to `out`: the one op that masks in one pass."""
+    """`grad`, like `v` or (), where `above < v < below`, else 0, written to `out`: the op that masks in one pass."""
     found: Tensor = torch.ops.aten.hardtanh_backward(grad, v, above, below, grad_input=out)
     return found
 
