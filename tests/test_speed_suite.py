@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.speed import around, deployed, images, memory, parts, run, train_step
 from benchmarks.speed.page import page
 from benchmarks.speed.parts import PARTS, Options
+from benchmarks.speed.passes import Passes, passes_alone
 from benchmarks.speed.rows import Job, Row, append, command, key, machine, read
 from benchmarks.speed.targets import checks
 
@@ -171,8 +172,13 @@ def test_targets_around_the_step() -> None:
     assert not list(checks(few, [few, many]))
     assert [str(check) for check in checks(many, [few, many])] == ["≤ 1.05: **not met**"]
     fast = Job("deployed").row("int8 ONNX Runtime", float_nodes=["Conv a"], speed={"float eager": 3.0})
-    assert [check.met for check in checks(fast, [])] == [False, True]
-    assert [check.met for check in checks({**fast, "different": 1}, [])] == [False], "the speed of what is not exact"
+    slow = Job("deployed").row("int8 weights, default session", float_nodes=[], speed={"float eager": 2.0})
+    saturates = {**slow, "different": 1, "speed": {"float eager": 9.0}}
+    executorch = Job("deployed").row("int8 ExecuTorch", float_nodes=[], speed={"float eager": 9.0})
+    rows = [Job("deployed").row("float eager", speed={}), fast, slow, saturates, executorch]
+    found = [[(check.what, check.met) for check in checks(row, rows)] for row in rows]
+    in_float, speed = "float operators", "speed over float eager"
+    assert found == [[], [(in_float, False), (speed, True)], *[[(in_float, True)]] * 3], "of the fastest exact file"
 
 
 def test_the_page_counts_operators_that_stay_in_float() -> None:
@@ -186,6 +192,18 @@ def test_the_page_names_targets_and_escapes_reasons() -> None:
     text = page(rows)
     assert "## a processor, 1 threads, PyTorch 2" in text and "1 of 2 targets are met." in text
     assert "step over float 1.50, ≤ 1.2: **not met**" in text and "not measured: a \\| b |" in text
+
+
+def test_passes_alone_train() -> None:
+    layers = nn.Conv2d(3, 600, 3, bias=False), nn.BatchNorm2d(600), nn.ReLU(), nn.Conv2d(600, 60, 3, bias=False)
+    model = nn.Sequential(*layers, nn.BatchNorm2d(60), nn.Conv2d(60, 9, 1), nn.BatchNorm2d(9), nn.Flatten())
+    images = torch.randn(4, 3, 8, 8)
+    for form in (torch.contiguous_format, torch.channels_last):
+        alone = passes_alone(model).to(memory_format=form)  # type: ignore[call-overload]
+        assert sum(isinstance(module, Passes) for module in alone.modules()) == 2
+        alone(images.to(memory_format=form)).square().mean().backward()
+        grads = [parameter.grad for parameter in alone.parameters()]
+        assert all(grad is not None and grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.usefixtures("small_networks")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import qbench
+from benchmarks.speed.passes import passes_alone
 from qbench._torchvision import import_torchvision
 
 Images = tuple[Tensor, ...]
@@ -65,6 +66,11 @@ def qbench_lsq(name: str, model: nn.Module, images: Images) -> nn.Module:
 def qbench_compiled(name: str, model: nn.Module, images: Images) -> nn.Module:
     """The fast path, compiled whole."""
     return torch.compile(qbench_fast(name, model, images), fullgraph=True)  # type: ignore[return-value]
+
+
+def passes(name: str, model: nn.Module, images: Images) -> nn.Module:
+    """The least that PyTorch's operators can do: a bound for `qbench plain`."""
+    return passes_alone(model)
 
 
 def torch_ao(name: str, model: nn.Module, images: Images) -> nn.Module:
@@ -130,6 +136,7 @@ def made(form: Form, name: str, model: nn.Module, images: Images, memory_format:
 FORMS: dict[str, Form] = {
     "float": eager,
     "float compiled": compiled,
+    "passes alone": passes,
     "qbench plain": qbench_plain,
     "qbench fast": qbench_fast,
     "qbench low memory": qbench_low_memory,
