@@ -15,6 +15,7 @@ from qbench.nn import intrinsic as nni
 from qbench.nn.intrinsic import qat as nniqat
 from qbench.nn.qat import compiled_step as module
 from qbench.nn.qat.layer import QatLayer
+from qbench.numerics.native.operators import takes_channels_last
 from qbench.observers import MinMaxObserver
 
 from .support import with_input
@@ -62,10 +63,15 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def in_order(model: nn.Module) -> nn.Module:
-    """A model in eager mode that takes memory in the order of compiled ones: channels last from the first groups on."""
+    """A model in eager mode whose convolutions take memory in the order of compiled ones."""
+
+    def put(layer: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        last = takes_channels_last(given[0], layer.linear_weight, layer.groups)
+        return (given[0].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format),)
+
     for layer in model.modules():
-        if getattr(layer, "groups", 1) > 1:
-            layer.register_forward_pre_hook(lambda _, given: (given[0].contiguous(memory_format=torch.channels_last),))
+        if isinstance(layer, QatLayer) and layer.convolution() is not None and layer.batch_norm is not None:
+            layer.register_forward_pre_hook(put)
     return model
 
 
@@ -101,7 +107,7 @@ def test_an_activation_behind_a_quantizer_of_its_own(monkeypatch: pytest.MonkeyP
     answers = served(monkeypatch)
     found = steps(other, compiled(other), batches())
     assert [answer.before for answer in answers] == [True]  # type: ignore[attr-defined]
-    assert all(map(torch.equal, found, steps(layer, layer, batches())))
+    assert all(map(torch.equal, found, steps(layer, in_order(layer), batches())))
 
 
 def test_sums_are_served_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,27 +168,33 @@ def test_batches_of_another_size_are_served(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("float_layer", "shape"),
+    ("float_layer", "shape", "last"),
     [
-        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3, groups=6), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9)),
-        (nni.ConvBnReLU3d(nn.Conv3d(6, 12, 3, groups=2), nn.BatchNorm3d(12), nn.ReLU()), (4, 6, 5, 5, 5)),
-        (nni.ConvBnReLU1d(nn.Conv1d(6, 12, 3, groups=6), nn.BatchNorm1d(12), nn.ReLU()), (4, 6, 9)),
-        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9)),
+        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3, groups=6), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9), True),
+        (nni.ConvBnReLU3d(nn.Conv3d(6, 12, 3, groups=2), nn.BatchNorm3d(12), nn.ReLU()), (4, 6, 5, 5, 5), True),
+        (nni.ConvBnReLU1d(nn.Conv1d(6, 12, 3, groups=6), nn.BatchNorm1d(12), nn.ReLU()), (4, 6, 9), False),
+        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9), True),
+        (nni.ConvBnReLU2d(nn.Conv2d(64, 48, 3), nn.BatchNorm2d(48), nn.ReLU()), (4, 64, 4, 4), False),
+        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 1), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9), None),
     ],
-    ids=["depthwise", "3d, groups", "1d, depthwise", "dense"],
+    ids=["depthwise", "3d, groups", "1d, depthwise", "large maps", "small maps", "one value a map"],
 )
-def test_groups_put_channels_last(float_layer: Any, shape: tuple[int, ...]) -> None:
+def test_which_order_a_compiled_layer_takes(float_layer: Any, shape: tuple[int, ...], last: bool | None) -> None:
+    """Channels last for groups, for large maps and where the weight has them so; of one value a map, as the input."""
     kind = next(one for one in vars(nniqat).values() if getattr(one, "float_type", None) is type(float_layer))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     layer = with_input(kind.from_float(float_layer, qbench.get_qconfig()), x).train().apply(qbench.enable_fast_path)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    for order in (torch.contiguous_format, *([] if last is None else [last])):
-        given = x.clone(memory_format=order).requires_grad_()
-        out = compiled(copy.deepcopy(layer))(given)
-        out.square().sum().backward()
-        assert given.grad is not None and given.grad.stride() == given.stride()
-        there = layer.groups > 1 or order is last
-        assert out.is_contiguous(memory_format=last if there and last is not None else torch.contiguous_format)
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    for given_order in (torch.contiguous_format, *([] if order is None else [order])):
+        for weight_order in {torch.contiguous_format, given_order}:
+            one = copy.deepcopy(layer).to(memory_format=weight_order)
+            given = x.clone(memory_format=given_order).requires_grad_()
+            out = compiled(one)(given)
+            out.square().sum().backward()
+            assert given.grad is not None and given.grad.stride() == given.stride()
+            assert one.weight.grad is not None and one.weight.grad.stride() == one.weight.stride()
+            there = given_order is order if last is None else last or (order is not None and weight_order is order)
+            assert out.is_contiguous(memory_format=order if there and order is not None else torch.contiguous_format)
 
 
 def test_what_is_exported_has_no_operators_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,7 @@ def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
         rule.weight_grid,
         *rule.bias,
         *(bn.momentum, bn.eps, rule.low, rule.high, grid.bits, grid.signed, grid.symmetric, of_newest),
+        operators.takes_channels_last(x, weight, rule.linear[-1]),
     )
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)

@@ -7,8 +7,8 @@
 They write to nothing: what moves comes back as new tensors, which the traced code copies to its place. So they can be
 functionalised, and have a backward.
 
-The convolution is part of both: Ŵ/k stays in the memory that a thread keeps for it, rounded once each way. From the
-first convolution with groups on, channels are last, which is faster there whatever they came in.
+The convolution is part of both: Ŵ/k stays in the memory that a thread keeps for it, rounded once each way. It takes
+memory in the order that is faster for it, whatever its input came in: see `takes_channels_last`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LIBRARY.define(
     "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? input_scale, "
     "Tensor mean, Tensor var, Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point, int[] stride, "
     "int[] padding, int[] dilation, int groups, int[] codes, int bias_bits, int code_limit, float momentum, float eps, "
-    "float low, float high, int bits, bool signed, bool symmetric, float? of_newest) "
+    "float low, float high, int bits, bool signed, bool symmetric, float? of_newest, bool last) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_ANY_LAYOUT,
 )
@@ -83,12 +83,12 @@ def _clipping(low: float, high: float, bits: int, signed: bool, symmetric: bool,
 def _layer_forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     bias, gamma, beta, input_scale = (None if one is None else one.contiguous() for one in rest[:4])
     mean, var, *grid = (tensor.clone(memory_format=torch.contiguous_format) for tensor in rest[4:10])
-    codes, bias_bits, code_limit, momentum, eps, *rounding = rest[14:]
+    codes, bias_bits, code_limit, momentum, eps, *rounding, last = rest[14:]
     given = bias, gamma, beta, mean, var, input_scale
     rule = _parameters(*codes, bias_bits, code_limit, eps)
     parameters = rule(weight, *given, ROOM_OF_WEIGHTS.like(weight)) or rule(weight.contiguous(), *given)
     assert parameters is not None
-    order = _order(x, rest[13])
+    order = _order(last, x.ndim)
     y = _convolution(*rest[10:14])(x.contiguous(memory_format=order), parameters.value, bias)
     y = y.contiguous(memory_format=order)
     to = Remembered(mean, var, None, *grid)
@@ -101,15 +101,8 @@ def _convolution(stride: list[int], padding: list[int], dilation: list[int], gro
     return Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-def _order(x: Tensor, groups: int) -> torch.memory_format:
-    """In which order of memory a convolution is taken.
-
-    Of a dense one, weights and their gradients would have to change places, too, which costs more than it wins.
-    """
-    last = CHANNELS_LAST.get(x.ndim)
-    if last is None or (groups == 1 and not x.is_contiguous(memory_format=last)):
-        return torch.contiguous_format
-    return last
+def _order(last: bool, ndim: int) -> torch.memory_format:
+    return CHANNELS_LAST[ndim] if last else torch.contiguous_format
 
 
 def _layer_backward(
@@ -123,7 +116,9 @@ def _layer_backward(
     value = torch.empty_like(weight) if room is None else room
     if not _parameters(*codes, 0, 0, 0.0).again(weight, step, value):
         value = round_to_grid(weight, step.view(-1, *[1] * (weight.ndim - 1)), *codes)
-    pairs = zip(_convolution(*linear).backward(grad_y, x, value, wanted), (x, weight, step), strict=True)
+    last = CHANNELS_LAST.get(x.ndim) if channels_are_last(in_order) else None
+    seen = x.contiguous() if last is None else x.contiguous(memory_format=last)
+    pairs = zip(_convolution(*linear).backward(grad_y, seen, value, wanted), (x, weight, step), strict=True)
     nothing = y.new_empty(0)
     return *(nothing if one is None else _laid_out(one, like) for one, like in pairs), *others
 
@@ -142,7 +137,7 @@ def _clip(v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    shape, order = _convolution(*rest[10:14]).output_shape(x, weight), _order(x, rest[13])
+    shape, order = _convolution(*rest[10:14]).output_shape(x, weight), _order(rest[-1], x.ndim)
     out, y = (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order) for _ in range(2))
     kept, step = x.new_empty(kept_values(len(weight))), x.new_empty(len(weight))
     return out, y, kept, step, *(torch.empty_like(one) for one in rest[4:10])
@@ -167,7 +162,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward_of_forward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad
     found = torch.ops.qbench.layer_backward(grads[0], *ctx.saved_tensors, *ctx.linear, list(wanted[:3]))
-    return *(value if asked else None for value, asked in zip(found, wanted[:5], strict=True)), *[None] * 22
+    return *(value if asked else None for value, asked in zip(found, wanted[:5], strict=True)), *[None] * 23
 
 
 def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -176,6 +171,32 @@ def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _masked(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return grads[0] * ctx.saved_tensors[0], *[None] * 10
+
+
+# A dense convolution whose weight has more values than this many of an image stays contiguous.
+_WEIGHTS_PER_VALUE = 8
+
+
+def takes_channels_last(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """In which order of memory a convolution is to be taken.
+
+    Channels last is faster for groups, and for dense ones on large maps. On small ones of many channels, weights and
+    their gradients would have to change places, which costs more than it wins. Of one value a map, a weight lies in
+    both orders; the input decides then.
+
+    Args:
+        x: (batch, in, …).
+        weight: (out, in/groups, …).
+        groups: Groups of channels.
+    """
+    last = CHANNELS_LAST.get(x.ndim)
+    if last is None:
+        return False
+    if groups > 1 or not weight.is_contiguous():
+        return True
+    if weight.is_contiguous(memory_format=last):
+        return x.is_contiguous(memory_format=last)
+    return _WEIGHTS_PER_VALUE * math.prod(x.shape[1:]) > weight.numel()
 
 
 def layer_forward(*arguments: Any) -> tuple[Tensor, ...]:
