@@ -403,7 +403,6 @@ class StraightParameters:
         code.forward(in_rows(value), in_rows(weight), qparams.scale[:, None], qparams.zero_point[:, None])
         return value
 
-
     def backward(self, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
         """See `qbench.numerics.layer_step.Parameters`: what reaches `Ŵ/k` is for W alone."""
         return grad, None, None
