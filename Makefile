@@ -58,7 +58,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 # Without what they depend on: that asks for an older setuptools than torch does, and is there already.
 $(VENV)/.installed-peers: $(VENV)/.installed benchmarks/peers.txt
-	$(PIP) install -q --no-deps -r benchmarks/peers.txt
+	$(PIP) install -q -c constraints.txt --no-deps -r benchmarks/peers.txt
 	@touch $@
 
 clean: ## remove the environment, the runs and every cache
