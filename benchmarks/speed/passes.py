@@ -17,25 +17,20 @@ from torch.autograd.function import once_differentiable
 
 import qbench
 from qbench.nn.intrinsic.fused import Fused
-from qbench.numerics.blocks import dense, in_rows
-from qbench.numerics.layer_step import KEPT_WEIGHTS
+from qbench.numerics import fused
+from qbench.numerics.blocks import Room, dense, in_rows
+from qbench.numerics.interval import passed
+from qbench.numerics.layer_step import KEPT_WEIGHTS, Convolution
 
 aten = torch.ops.aten
 
 # A grid of the weight, and one of the activation.
 _STEP, _SCALE, _HIGHEST = 0.01, 0.05, 12.75
 
-_places: dict[str, Tensor] = {}
+_WEIGHTS, _ACTIVATIONS = Room(), Room()
 
 
-def _place(name: str, like: Tensor) -> Tensor:
-    """Memory that all layers share, like a tensor."""
-    if name not in _places or _places[name].numel() < like.numel():
-        _places[name] = torch.empty(like.numel())
-    return _places[name].as_strided(like.shape, like.stride())
-
-
-def _rounded(weight: Tensor, out: Tensor) -> Tensor:
+def _rounded(weight: Tensor, out: Tensor | None) -> Tensor:
     return torch.mul(weight, 1.0 / _STEP, out=out).round_().mul_(_STEP)
 
 
@@ -44,8 +39,8 @@ class _Passes(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, layer: Passes) -> Tensor:
         rows, large = in_rows(weight), weight.numel() > KEPT_WEIGHTS
         rows.amin(1), rows.amax(1)
-        value = _rounded(weight, _place("weight", weight) if large else torch.empty_like(weight))
-        y = torch.convolution(x, value, None, *layer.arguments)
+        value = _rounded(weight, _WEIGHTS.like(weight) if large else torch.empty_like(weight))
+        y = layer.linear(x, value, None)
         v, mean, inverse = aten.native_batch_norm(y, gamma, beta, *layer.running, True, 0.1, layer.eps)
         torch.aminmax(dense(v))
         torch.clamp(v, layer.lowest, _HIGHEST, out=v).mul_(1.0 / _SCALE).round_().mul_(_SCALE)
@@ -57,33 +52,28 @@ class _Passes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, value, y, gamma, beta, mean, inverse = ctx.saved_tensors
-        layer, v = ctx.layer, _place("v", y)
+        layer, room = ctx.layer, _ACTIVATIONS.like(y)
+        assert room is not None  # of convolutions, none has gaps in memory
         if ctx.large:
-            value = _rounded(value, _place("weight", value))
-        factor = gamma * inverse
-        if y.is_contiguous():
-            zeros, ones, nothing = torch.zeros_like(mean), torch.ones_like(mean), mean.new_empty(0)
-            found = {"out": v, "save_mean": nothing, "save_invstd": nothing}
-            aten.native_batch_norm.out(y, factor, beta, zeros, ones, False, 0.0, 0.0, **found)
-        else:
-            torch.addcmul(beta.view(1, -1, 1, 1), y, factor.view(1, -1, 1, 1), out=v)
-        aten.hardtanh_backward(grads[0], v, layer.lowest, _HIGHEST, grad_input=v)
+            value = _rounded(value, _WEIGHTS.like(value))
+        v = fused._normalize(y, gamma * inverse, beta, room)
+        passed(grads[0], v, layer.lowest, _HIGHEST, out=v)
         grad_y, *to_bn = aten.native_batch_norm_backward(
             v, y, gamma, None, None, mean, inverse, True, layer.eps, [True] * 3
         )
         wanted = [ctx.needs_input_grad[0], True, False]
-        grad_x, grad_weight, _ = aten.convolution_backward(grad_y, x, value, None, *layer.arguments, wanted)
+        grad_x, grad_weight, _ = layer.linear.backward(grad_y, x, value, wanted)
         return grad_x, grad_weight, *to_bn, None
 
 
 class Passes(nn.Module):
     """A convolution with BatchNorm, and ReLU where there is one, of `qbench.fuse`."""
 
-    def __init__(self, fused: Fused) -> None:
+    def __init__(self, chain: Fused) -> None:
         super().__init__()
-        conv, bn, *activation = fused
+        conv, bn, *activation = chain
         self.conv, self.bn, self.lowest = conv, bn, 0.0 if activation else -_HIGHEST
-        self.arguments = conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
+        self.linear = Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
         self.eps = bn.eps
 
     @property

@@ -89,7 +89,7 @@ class ChannelParameters:
                 return None
             error = None
             if input_scale is not None and self.clear_limit:
-                error = self._error(step, np.float32(input_scale.item()), *map(_array, channels))
+                error = self._error(step, np.float32(input_scale.item()), *channels)
                 if error is None:
                     return None
         found = torch.from_numpy(step)
@@ -100,19 +100,18 @@ class ChannelParameters:
         self,
         step: np.ndarray,
         input_scale: np.float32,
-        bias: np.ndarray | None,
-        gamma: np.ndarray | None,
-        beta: np.ndarray | None,
-        mean: np.ndarray | None,
-        var: np.ndarray | None,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
     ) -> np.ndarray | None:
         """`e`; None where the bias may not fit its codes."""
-        assert mean is not None and var is not None
-        deviation = np.sqrt(var.astype(np.float64) + self.eps).astype(np.float32)
-        factor = (np.float32(1.0) if gamma is None else gamma) / deviation
-        folded = factor * (-mean if bias is None else bias - mean)
+        deviation = np.sqrt(_array(var).astype(np.float64) + self.eps).astype(np.float32)
+        factor = (np.float32(1.0) if gamma is None else _array(gamma)) / deviation
+        folded = factor * (-_array(mean) if bias is None else _array(bias) - _array(mean))
         if beta is not None:
-            folded = beta + folded
+            folded = _array(beta) + folded
         scale = input_scale * np.maximum(np.abs(factor) * step, np.float32(SMALLEST_SCALE))
         codes = np.rint(folded.astype(np.float64) / scale.astype(np.float64))
         # As `BiasQuantizer.surely_fits`; of NaN, neither is true.
@@ -122,5 +121,6 @@ class ChannelParameters:
         return found
 
 
-def _array(tensor: Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.detach().numpy()
+def _array(tensor: Tensor) -> np.ndarray:
+    found: np.ndarray = tensor.detach().numpy()
+    return found

@@ -399,7 +399,11 @@ def test_layers_without_batch_norm_learn_as_on_the_plain_path(
     other = copy.deepcopy(model).apply(qbench.disable_fast_path)
     calls: list[Any] = []
     apply = fast_parameters._LearnedWeightAndBias.apply
-    noted = lambda *given: calls.append(given) or apply(*given)  # noqa: E731
+
+    def noted(*given: Any) -> Any:
+        calls.append(given)
+        return apply(*given)
+
     monkeypatch.setattr(fast_parameters._LearnedWeightAndBias, "apply", noted)
     found, expected = model(images), other(images)
     assert len(calls) == sum(isinstance(module, QatLayer) for module in model.modules())

@@ -115,11 +115,7 @@ def _learned_by_both(
     functions: native.Parameters, spec: QSpec, bias: BiasSpec | None, eps: float | None, apart: bool
 ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """What C++ and PyTorch's operators make of a sample, forward and backward, of scales as they are or kept apart."""
-    if eps is None:
-        (weight, b, input_scale), bn = _sample_without_bn(None, "cpu"), (None, None, None, None)
-    else:
-        weight, b, *bn, input_scale = _sample(None, eps, "cpu")  # type: ignore[assignment]
-    assert weight is not None and input_scale is not None
+    weight, channels, input_scale = _sample_of(eps)
     step = (0.7 * weight.abs().amax(1) / spec.qmax).clamp(min=SMALLEST_SCALE)
     # Of those that are kept apart, some lie beyond 0.
     turned = torch.where(torch.arange(len(step)) % 3 == 0, -step, step)
@@ -131,20 +127,17 @@ def _learned_by_both(
     folding = Folding(WeightLayout(), quantizer, None if bias is None else BiasQuantizer(bias))
     weight.requires_grad_()
     sources = [weight, *(one.learned for one in (learned_step, learned_input) if one is not None)]
-    if eps is None:
-        wanted = _weight_and_bias(weight, b, given_input, folding, "cpu")
-    else:
-        wanted = _training_parameters(weight, b, *bn, given_input, folding, eps, "cpu")  # type: ignore[arg-type]
+    wanted = _by_operators(weight, channels, given_input, folding, eps)
     with torch.no_grad():
-        found = functions(weight, b, *bn, learned_input, None, learned_step, keeps=True)
+        found = functions(weight, *channels, learned_input, None, learned_step, keeps=True)
     assert found is not None and found.kept is not None
     yield from zip(found, wanted, strict=False)
     # One value of a channel, one channel of the bias at a time: sums of one term are the same in any order.
-    channels, columns = weight.shape
+    count, columns = weight.shape
     value, _, rounded, *_ = wanted
-    for place in range(channels):
-        grad, grad_bias = torch.zeros_like(weight), torch.zeros(channels)
-        grad[range(channels), [(place + row) % columns for row in range(channels)]] = torch.linspace(-1, 1, channels)
+    for place in range(count):
+        grad, grad_bias = torch.zeros_like(weight), torch.zeros(count)
+        grad[range(count), [(place + row) % columns for row in range(count)]] = torch.linspace(-1, 1, count)
         grad_bias[place] = 0.3
         ends = [one for one in (value, rounded) if one is not None]
         by_operators = torch.autograd.grad(ends, sources, [grad, grad_bias][: len(ends)], retain_graph=True)
@@ -191,14 +184,33 @@ def _native_parameters(folding: Folding, eps: float | None) -> native.Parameters
 
 def _by_both(functions: native.Parameters, folding: Folding, eps: float | None) -> tuple[native.Found | None, Tensors]:
     """What C++ and PyTorch's operators make of a sample."""
+    weight, channels, input_scale = _sample_of(eps)
+    return functions(weight, *channels, input_scale), _by_operators(weight, channels, input_scale, folding, eps)
+
+
+#: b, γ, β, μ_r and σ²_r.
+_Channels = tuple[Any, Any, Any, Any, Any]
+
+
+def _sample_of(eps: float | None) -> tuple[Tensor, _Channels, Tensor]:
+    """`W`; b, γ, β, μ_r and σ²_r; `s_in`. Without a BatchNorm, b alone."""
     if eps is None:
-        weight, bias, input_scale = _sample_without_bn(folding, "cpu")
-        assert weight is not None
-        by_operators = _weight_and_bias(weight, bias, input_scale, folding, "cpu")
-        return functions(weight, bias, None, None, None, None, input_scale), by_operators
-    given: Any = _sample(folding, eps, "cpu")
-    constants: Any = folding, eps, "cpu"
-    return functions(*given), _training_parameters(*given, *constants)
+        weight, bias, input_scale = _sample_without_bn(None, "cpu")
+        channels: _Channels = bias, None, None, None, None
+    else:
+        weight, bias, gamma, beta, mean, var, input_scale = _sample(None, eps, "cpu")
+        channels = bias, gamma, beta, mean, var
+    assert weight is not None and input_scale is not None
+    return weight, channels, input_scale
+
+
+def _by_operators(
+    weight: Tensor, channels: _Channels, input_scale: Tensor | None, folding: Folding, eps: float | None
+) -> Tensors:
+    """What PyTorch's operators make of it."""
+    if eps is None:
+        return _weight_and_bias(weight, channels[0], input_scale, folding, "cpu")
+    return _training_parameters(weight, *channels, input_scale, folding, eps, "cpu")
 
 
 def generated_parameters(
@@ -240,18 +252,23 @@ def fast_parameters(
 
 
 def fast_weight_and_bias(
-    folding: Folding, weight: Tensor, bias: Tensor | None, input_scale: Tensor | None
+    folding: Folding, weight: Tensor, bias: Tensor | None, source: FakeQuantize
 ) -> tuple[Tensor, Tensor | None, QParams] | None:
     """`Ŵ`, `b̂` (None where it is float) and the grid of `Ŵ` of a layer without BatchNorm, by C++ or generated code.
 
-    None where there is none for it.
+    None where there is none for it; where the weight's steps are learned, or the input's scale, there is C++ alone.
 
     Args:
         folding: How.
         weight: `W`, float32.
         bias: `b`, (out,), or None.
-        input_scale: `s_in`, (), without a gradient, or None.
+        source: The quantizer of the input, which is on a grid.
     """
+    if isinstance(source, LearnedFakeQuantize) or isinstance(folding.weight_quantizer, LearnedFakeQuantize):
+        return _learned_weight_and_bias(folding, weight, bias, source)
+    input_scale = source.scale_in_use()
+    if input_scale.requires_grad:
+        return None
     functions = native_parameters(folding, weight, None)
     found = functions and functions(weight, bias, None, None, None, None, input_scale)
     if found:
@@ -268,28 +285,17 @@ def fast_weight_and_bias(
     return straight_through(weight, value), rounded, _grid_of(step, folding)
 
 
-def learned_weight_and_bias(
-    folding: Folding, weight: Tensor, bias: Tensor | None, source: FakeQuantize | None
+def _learned_weight_and_bias(
+    folding: Folding, weight: Tensor, bias: Tensor | None, source: FakeQuantize
 ) -> tuple[Tensor, Tensor | None, QParams] | None:
-    """The same where the weight's steps are learned, or the scale of the input, by C++; None where that is not for it.
-
-    Args:
-        folding: How.
-        weight: `W`, float32.
-        bias: `b`, (out,), or None.
-        source: The quantizer of the input where it is on a grid; else None.
-    """
-    quantizer = folding.weight_quantizer
-    of_input = source.learned_scale() if isinstance(source, LearnedFakeQuantize) else None
-    of_weight = isinstance(quantizer, LearnedFakeQuantize)
-    functions = native_parameters(folding, weight, None) if source is not None and (of_weight or of_input) else None
+    functions, quantizer = native_parameters(folding, weight, None), folding.weight_quantizer
     if functions is None or not functions.serves(weight, bias):
         return None
-    assert source is not None
+    scale = source.learned_scale() if isinstance(source, LearnedFakeQuantize) else source.scale.float()
     steps = quantizer.learned_scale_of(weight) if isinstance(quantizer, LearnedFakeQuantize) else None
-    learned = None if steps is None else steps.learned, None if of_input is None else of_input.learned
-    scale = source.scale.float() if of_input is None else of_input
-    value, rounded, step = _LearnedWeightAndBias.apply(weight, bias, *learned, steps, scale, functions)
+    of_input = scale.learned if isinstance(scale, LearnedScale) else None
+    of_steps = None if steps is None else steps.learned
+    value, rounded, step = _LearnedWeightAndBias.apply(weight, bias, of_steps, of_input, steps, scale, functions)
     return value, rounded, _grid_of(step, folding)
 
 
@@ -363,7 +369,8 @@ class StraightParameters:
             return None
         functions = native_parameters(folding, weight, bn.eps) if folding.fast_path else None
         code = parameter_code(folding, weight, bn.eps) if folding.fast_path and functions is None else None
-        return cls(folding, bn, source, functions, code, channel_parameters(folding, weight, bn.eps))
+        by_channels = None if functions or code else channel_parameters(folding, weight, bn.eps)
+        return cls(folding, bn, source, functions, code, by_channels)
 
     def __call__(
         self,

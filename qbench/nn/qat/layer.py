@@ -26,7 +26,7 @@ from qbench.nn.qat.body import QatModule, adopt_state
 from qbench.nn.qat.codes import ParameterCodes, check_finite
 from qbench.nn.qat.compiled_step import Rule, compiled_step, rule_of
 from qbench.nn.qat.epilogue import bounds_of, epilogue
-from qbench.nn.qat.fast_parameters import fast_parameters, fast_weight_and_bias, learned_weight_and_bias
+from qbench.nn.qat.fast_parameters import fast_parameters, fast_weight_and_bias
 from qbench.nn.qat.parameters import Folding, training_parameters
 from qbench.nn.qat.step import image_step, training_step
 from qbench.numerics.blocks import at_hand
@@ -207,15 +207,10 @@ class QatLayer(QatModule):
 
     def _folded_parameters(self) -> tuple[Tensor, Tensor | None, QParams]:
         """`Ŵ`, `b̂` and the grid of `Ŵ`."""
-        fast = self.batch_norm is None and self.bias_quantizer is not None and self.fast_path and self.training
-        given = self.folding(), self.linear_weight, self.linear_bias
-        if fast:
-            found = learned_weight_and_bias(*given, self.active_source())
-            if found is not None:
-                return found
-        input_scale = self.input_scale()
-        if fast and input_scale is not None and not input_scale.requires_grad:
-            found = fast_weight_and_bias(*given, input_scale)
+        source = self.active_source()
+        plain = self.batch_norm is None and self.bias_quantizer is not None
+        if plain and source is not None and self.fast_path and self.training:
+            found = fast_weight_and_bias(self.folding(), self.linear_weight, self.linear_bias, source)
             if found is not None:
                 return found
         grid, folded, scale = self.quantized_parameters()

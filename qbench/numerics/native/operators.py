@@ -102,7 +102,7 @@ def _convolution(stride: list[int], padding: list[int], dilation: list[int], gro
 
 
 def _order(last: bool, ndim: int) -> torch.memory_format:
-    return CHANNELS_LAST[ndim] if last else torch.contiguous_format
+    return CHANNELS_LAST.get(ndim, torch.contiguous_format) if last else torch.contiguous_format
 
 
 def _layer_backward(
@@ -116,8 +116,7 @@ def _layer_backward(
     value = torch.empty_like(weight) if room is None else room
     if not _parameters(*codes, 0, 0, 0.0).again(weight, step, value):
         value = round_to_grid(weight, step.view(-1, *[1] * (weight.ndim - 1)), *codes)
-    last = CHANNELS_LAST.get(x.ndim) if channels_are_last(in_order) else None
-    seen = x.contiguous() if last is None else x.contiguous(memory_format=last)
+    seen = x.contiguous(memory_format=_order(bool(channels_are_last(in_order)), x.ndim))
     pairs = zip(_convolution(*linear).backward(grad_y, seen, value, wanted), (x, weight, step), strict=True)
     nothing = y.new_empty(0)
     return *(nothing if one is None else _laid_out(one, like) for one, like in pairs), *others
