@@ -8,6 +8,9 @@
     int8 ExecuTorch      `qbench.export.to_executorch`, XNNPACK
 
     speed    median over the rounds of (time of the other form / time of this one in the same round)
+
+Each runtime has threads of its own, which go on looking for work for some milliseconds after a call, on the processors
+that the next form needs: so a form's turn starts with a pause and a call that is not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from qbench.export.program import quiet
 from qbench.export.runtimes import open_executorch, open_onnx
 
 Call = Callable[[], object]
-_WARM_UP, _CALLS = 3, 5
+_WARM_UP, _CALLS, _PAUSE = 2, 5, 0.25
 _BASES = ("float eager", "float ONNX Runtime")
 
 
@@ -50,7 +53,7 @@ def deployed(job: Job) -> Iterator[Row]:
                 rows[form] = job.row(form, **about)
             except Exception as error:  # a runtime that is not installed, a network that it refuses
                 rows[form] = job.row(form, refused=reason(error))
-        times = _timed(calls, _CALLS * job.rounds)
+        times = _timed(calls, job.rounds)
     for form, own in times.items():
         over = {base: _speed(times[base], own) for base in _BASES if base in times}
         rows[form] |= {"seconds": statistics.median(own), "speed": over}
@@ -117,15 +120,22 @@ FORMS: dict[str, Callable[[_Files], tuple[Call, dict[str, Any]]]] = {
 
 
 def _timed(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round, one after the other."""
+    """Seconds of a call, the median of several in a row, in every round."""
     times: dict[str, list[float]] = {form: [] for form in calls}
     for index in range(_WARM_UP + rounds):
         for form, call in calls.items():
-            started = time.perf_counter()
+            time.sleep(_PAUSE)
             call()
+            found = statistics.median(_seconds(call) for _ in range(_CALLS))
             if index >= _WARM_UP:
-                times[form].append(time.perf_counter() - started)
+                times[form].append(found)
     return times
+
+
+def _seconds(call: Call) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def _speed(base: list[float], own: list[float]) -> float:
