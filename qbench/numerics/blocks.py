@@ -99,15 +99,20 @@ class Room(threading.local):
         self._values: Tensor | None = None
         self._most = 0
 
-    def like(self, x: Tensor) -> Tensor | None:
-        """Room for a tensor, which holds anything; None for one with gaps in memory, or no float32 on a CPU."""
+    def like(self, x: Tensor, contiguous: bool = False) -> Tensor | None:
+        """Room for a tensor, which holds anything; None for one with gaps in memory, or no float32 on a CPU.
+
+        Args:
+            x: What it is for.
+            contiguous: Whether its memory is contiguous; otherwise it is in the order of that of `x`.
+        """
         if not at_hand(x) or not dense(x).is_contiguous():
             return None
         if self._values is None or self._values.numel() < x.numel():
             # As much as was ever needed: memory that nothing was written to is not there yet.
             self._most = max(self._most, x.numel())
             self._values = torch.empty(self._most, dtype=torch.float32, device="cpu")
-        return self._values.as_strided(x.shape, x.stride())
+        return self._values[: x.numel()].view(x.shape) if contiguous else self._values.as_strided(x.shape, x.stride())
 
 
 class RoomOfBackward(Room):
@@ -117,16 +122,17 @@ class RoomOfBackward(Room):
         super().__init__()
         self._task = -1
 
-    def like(self, x: Tensor) -> Tensor:
+    def like(self, x: Tensor, contiguous: bool = False) -> Tensor:
         """Room for a tensor, which holds anything: fresh memory for one with gaps, or outside of backward."""
+        form = torch.contiguous_format if contiguous else torch.preserve_format
         task = torch._C._current_graph_task_id()
         if task == -1:
-            return torch.empty_like(x)
+            return torch.empty_like(x, memory_format=form)
         if task != self._task:  # asked of each, as one that fails calls nobody back
             self._task = task
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
-        found = super().like(x)
-        return torch.empty_like(x) if found is None else found
+        found = super().like(x, contiguous)
+        return torch.empty_like(x, memory_format=form) if found is None else found
 
     def _let_go(self) -> None:
         self._values = None
@@ -144,6 +150,11 @@ def channels_are_last(x: Tensor) -> bool | None:
     if form is None:
         return True if x.movedim(1, -1).is_contiguous() else None
     return True if x.is_contiguous(memory_format=form) else None
+
+
+def memory_format(last: bool, ndim: int) -> torch.memory_format:
+    """Channels last, or contiguous: of tensors of so many axes, where there is such a format."""
+    return CHANNELS_LAST.get(ndim, torch.contiguous_format) if last else torch.contiguous_format
 
 
 def in_memory_order(x: Tensor, last: bool) -> Tensor:

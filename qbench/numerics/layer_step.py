@@ -12,6 +12,7 @@ is asked for. The values are those that were used in forward, to the bit.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qbench.numerics.blocks import Room
+from qbench.numerics.blocks import Room, memory_format
 from qbench.numerics.fused import Followed
 from qbench.numerics.qparams import LearnedScale, QParams, to_learned
 from qbench.numerics.saved_codes import Coded
@@ -28,6 +29,9 @@ from qbench.numerics.saved_codes import Coded
 #: Of more weights than this, Ŵ/k is rounded again in backward; fewer cost less memory than rounding them costs time.
 KEPT_WEIGHTS, KEPT_WEIGHTS_LOW_MEMORY = 1 << 18, 1 << 13
 
+
+# Over maps of at most so many values, a large convolution takes a tenth to a half more time with channels last.
+_SMALL_MAP = 32
 
 #: Of a thread, for the one `Ŵ/k` that is at work.
 ROOM_OF_WEIGHTS = Room()
@@ -110,6 +114,11 @@ class Convolution:
         )
         return found
 
+    def is_better_turned(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether it is faster on contiguous memory though its weight has channels last: a large one on small maps."""
+        small = self.groups == 1 and math.prod(x.shape[2:]) <= _SMALL_MAP
+        return small and weight.numel() > KEPT_WEIGHTS and not weight.is_contiguous()
+
     def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
         """(batch, out, …), for (batch, in, …) and (out, in/groups, …)."""
         kept = zip(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
@@ -118,6 +127,10 @@ class Convolution:
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=memory_format(True, x.ndim))
 
 
 #: What follows a linear part: from y, γ, β, e and the channels that are silenced.
@@ -129,6 +142,11 @@ class Parameters(Protocol):
 
     Where `room` is given, like W, `Ŵ/k` may be put there, and comes with its grid: it is not kept.
     """
+
+    @property
+    def turns(self) -> bool:
+        """Whether `room` may be contiguous where W has channels last, at no cost worth mention."""
+        ...
 
     def __call__(
         self,
@@ -144,6 +162,10 @@ class Parameters(Protocol):
 
     def again(self, weight: Tensor, qparams: QParams, room: Tensor | None) -> Tensor:
         """`Ŵ/k` from W and the grid that was found."""
+        ...
+
+    def in_order_of(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """A gradient to `Ŵ/k` in the order of memory of W."""
         ...
 
     def backward(
@@ -245,16 +267,18 @@ class _Layer(torch.autograd.Function):
         *_: Tensor | None,
     ) -> Tensor:
         again = weight.numel() > (KEPT_WEIGHTS if step.coded is None else KEPT_WEIGHTS_LOW_MEMORY)
-        room = ROOM_OF_WEIGHTS.like(weight) if again else None
+        turned = again and step.parameters.turns and step.linear.is_better_turned(x, weight)
+        room = ROOM_OF_WEIGHTS.like(weight, contiguous=turned) if again else None
         found = step.parameters(weight, bias, gamma, beta, room, learned)
-        y = step.linear(x, found.weight, bias)
+        y = step.linear(x.contiguous(), found.weight, bias) if turned else step.linear(x, found.weight, bias)
+        y = _channels_last(y) if turned else y
         if y.size(0) == 1 and y.numel() == y.size(1):
             F.batch_norm(y, None, None, training=True)  # one value a channel: it refuses, in its own words
         grid = None if learned.scale is None or learned.place is None else (learned.scale, learned.place)
         followed = step.follow(y, gamma, beta, found.error, found.silenced, grid)
         coded = step.coded(x) if step.coded is not None and any(ctx.needs_input_grad) else None
         codes.append(followed.coded)
-        ctx.step, ctx.back, ctx.coded = step, followed.backward, coded is not None
+        ctx.step, ctx.back, ctx.coded, ctx.turned = step, followed.backward, coded is not None, turned
         grid_of_weight = ctx.grid = found.qparams if again and room is not None else None
         ctx.parameters, ctx.input_scale, ctx.slopes = len(found.saved), learned.input_scale, learned.slopes
         inputs = (x,) if coded is None else (coded.codes, coded.scale, coded.zero)
@@ -272,14 +296,19 @@ class _Layer(torch.autograd.Function):
             x, saved = Coded(x, *saved[:2]).value(), saved[2:]
         step: LayerStep = ctx.step
         if value is None:
-            value = step.parameters.again(weight, ctx.grid, ROOM_OF_WEIGHTS.like(weight))
+            value = step.parameters.again(weight, ctx.grid, ROOM_OF_WEIGHTS.like(weight, contiguous=ctx.turned))
         wanted = ctx.needs_input_grad
         of_input, of_step, *of_output = wanted[8:] or (False,) * 4
         scales_learn = of_input or of_step
         needed = True, *wanted[3:5], scales_learn, *of_output
         grad_y, grad_gamma, grad_beta, grad_error, *to_grid = ctx.back(grads[0], y, tuple(saved), needed)
         by_linear = [wanted[0], wanted[1] or scales_learn, wanted[2]]
+        if ctx.turned:
+            grad_y, x = grad_y.contiguous(), x.contiguous()
         grad_x, grad_weight, grad_bias = step.linear.backward(grad_y, x, value, by_linear)
+        if ctx.turned:
+            grad_x = None if grad_x is None else _channels_last(grad_x)
+            grad_weight = None if grad_weight is None else step.parameters.in_order_of(weight, grad_weight)
         to_input = to_step = None
         if scales_learn and grad_weight is not None:
             given = grad_weight, grad_error, weight, tuple(found), of_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,11 @@ from qbench.nn import intrinsic as nni
 from qbench.nn.intrinsic import qat as nniqat
 from qbench.nn.qat import compiled_step as module
 from qbench.nn.qat.layer import QatLayer
-from qbench.numerics.native.operators import takes_channels_last
+from qbench.numerics import layer_step
+from qbench.numerics.blocks import CHANNELS_LAST
+from qbench.numerics.layer_step import Convolution
+from qbench.numerics.native import lowering
+from qbench.numerics.native.lowering import takes_channels_last
 from qbench.observers import MinMaxObserver
 
 from .support import with_input
@@ -62,19 +67,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return answers
 
 
-def in_order(model: nn.Module) -> nn.Module:
-    """A model in eager mode whose convolutions take memory in the order of compiled ones."""
-
-    def put(layer: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        last = takes_channels_last(given[0], layer.linear_weight, layer.groups)
-        return (given[0].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format),)
-
-    for layer in model.modules():
-        if isinstance(layer, QatLayer) and layer.convolution() is not None and layer.batch_norm is not None:
-            layer.register_forward_pre_hook(put)
-    return model
-
-
 def compiled(model: nn.Module, backend: str = "aot_eager") -> Any:
     return torch.compile(model, backend=backend, fullgraph=True)
 
@@ -90,7 +82,7 @@ def test_steps_are_those_of_the_eager_fast_path(
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = steps(other, compiled(other, backend), batches(memory_format))
     assert len(answers) == 3 and None not in answers
-    expected = steps(model, in_order(model), batches(memory_format))
+    expected = steps(model, model, batches(memory_format))
     assert len(found) == len(expected) > 60
     same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
     # Inductor may hand memory over in another order, and sums of convolutions then round otherwise.
@@ -107,7 +99,7 @@ def test_an_activation_behind_a_quantizer_of_its_own(monkeypatch: pytest.MonkeyP
     answers = served(monkeypatch)
     found = steps(other, compiled(other), batches())
     assert [answer.before for answer in answers] == [True]  # type: ignore[attr-defined]
-    assert all(map(torch.equal, found, steps(layer, in_order(layer), batches())))
+    assert all(map(torch.equal, found, steps(layer, layer, batches())))
 
 
 def test_sums_are_served_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,12 +109,12 @@ def test_sums_are_served_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qbench.nn.qat.body.clip_rule_of", lambda *given: answers.append(plain(*given)) or answers[-1])
     images = batches(count=4)
     call = compiled(other)
-    found, expected = steps(other, call, images[:2]), steps(model, in_order(model), images[:2])
+    found, expected = steps(other, call, images[:2]), steps(model, model, images[:2])
     assert len(answers) == 1 and answers[0] is not None
     assert len(found) == len(expected) > 40 and all(map(torch.equal, found, expected))
     for one in (model, other):
         one.apply(qbench.disable_observer)
-    found, expected = steps(other, call, images[2:]), steps(model, in_order(model), images[2:])
+    found, expected = steps(other, call, images[2:]), steps(model, model, images[2:])
     assert len(answers) == 2 and all(map(torch.equal, found, expected))
 
 
@@ -151,10 +143,10 @@ def test_what_is_switched_later_counts(name: str) -> None:
     call = compiled(other)
     images = batches(count=4)
     first = steps(other, call, images[:2])
-    assert all(map(torch.equal, first, steps(model, in_order(model), images[:2])))
+    assert all(map(torch.equal, first, steps(model, model, images[:2])))
     for one in (model, other):
         SWITCHES[name](next(layer for layer in one.modules() if isinstance(layer, QatLayer)))
-    found, expected = steps(other, call, images[2:]), steps(model, in_order(model), images[2:])
+    found, expected = steps(other, call, images[2:]), steps(model, model, images[2:])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=0.03)  # a code, where paths differ
 
@@ -164,37 +156,117 @@ def test_batches_of_another_size_are_served(monkeypatch: pytest.MonkeyPatch) -> 
     other = copy.deepcopy(model)
     call = compiled(other)
     images = [x[:size] for x, size in zip(batches(count=4), (5, 4, 2, 3), strict=True)]
-    assert all(map(torch.equal, steps(other, call, images), steps(model, in_order(model), images)))
+    assert all(map(torch.equal, steps(other, call, images), steps(model, model, images)))
 
 
-@pytest.mark.parametrize(
-    ("float_layer", "shape", "last"),
-    [
-        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3, groups=6), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9), True),
-        (nni.ConvBnReLU3d(nn.Conv3d(6, 12, 3, groups=2), nn.BatchNorm3d(12), nn.ReLU()), (4, 6, 5, 5, 5), True),
-        (nni.ConvBnReLU1d(nn.Conv1d(6, 12, 3, groups=6), nn.BatchNorm1d(12), nn.ReLU()), (4, 6, 9), False),
-        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9), True),
-        (nni.ConvBnReLU2d(nn.Conv2d(64, 48, 3), nn.BatchNorm2d(48), nn.ReLU()), (4, 64, 4, 4), False),
-        (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 1), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9), None),
-    ],
-    ids=["depthwise", "3d, groups", "1d, depthwise", "large maps", "small maps", "one value a map"],
-)
-def test_which_order_a_compiled_layer_takes(float_layer: Any, shape: tuple[int, ...], last: bool | None) -> None:
-    """Channels last for groups, for large maps and where the weight has them so; of one value a map, as the input."""
+LAYERS = {
+    "depthwise": (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3, groups=6), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9)),
+    "3d, groups": (nni.ConvBnReLU3d(nn.Conv3d(6, 12, 3, groups=2), nn.BatchNorm3d(12), nn.ReLU()), (4, 6, 5, 5, 5)),
+    "1d, depthwise": (nni.ConvBnReLU1d(nn.Conv1d(6, 12, 3, groups=6), nn.BatchNorm1d(12), nn.ReLU()), (4, 6, 9)),
+    "large maps": (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9)),
+    "small maps": (nni.ConvBnReLU2d(nn.Conv2d(64, 48, 3), nn.BatchNorm2d(48), nn.ReLU()), (4, 64, 4, 4)),
+    "one value a map": (nni.ConvBnReLU2d(nn.Conv2d(6, 12, 1), nn.BatchNorm2d(12), nn.ReLU()), (4, 6, 9, 9)),
+}
+#: Whether channels last are faster; None where that is as the input has it.
+FASTER = {
+    "depthwise": True,
+    "3d, groups": True,
+    "1d, depthwise": False,
+    "large maps": True,
+    "small maps": False,
+    "one value a map": None,
+}
+
+
+def ready(name: str) -> tuple[Any, Tensor]:
+    """A layer on the fast path, and an input for it."""
+    float_layer, shape = LAYERS[name]
     kind = next(one for one in vars(nniqat).values() if getattr(one, "float_type", None) is type(float_layer))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    layer = with_input(kind.from_float(float_layer, qbench.get_qconfig()), x).train().apply(qbench.enable_fast_path)
-    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    for given_order in (torch.contiguous_format, *([] if order is None else [order])):
-        for weight_order in {torch.contiguous_format, given_order}:
-            one = copy.deepcopy(layer).to(memory_format=weight_order)
-            given = x.clone(memory_format=given_order).requires_grad_()
-            out = compiled(one)(given)
-            out.square().sum().backward()
-            assert given.grad is not None and given.grad.stride() == given.stride()
-            assert one.weight.grad is not None and one.weight.grad.stride() == one.weight.stride()
-            there = given_order is order if last is None else last or (order is not None and weight_order is order)
-            assert out.is_contiguous(memory_format=order if there and order is not None else torch.contiguous_format)
+    layer = with_input(kind.from_float(copy.deepcopy(float_layer), qbench.get_qconfig()), x)
+    return layer.train().apply(qbench.enable_fast_path), x
+
+
+def orders(x: Tensor) -> list[torch.memory_format]:
+    return [torch.contiguous_format, *([CHANNELS_LAST[x.ndim]] if x.ndim in CHANNELS_LAST else [])]
+
+
+def strides(x: Tensor) -> list[int]:
+    """Of axes with more than one place."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_memory_is_in_the_order_of_eager_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks at strides, in a model or outside, finds what it would without a compiler."""
+    monkeypatch.setattr(layer_step, "KEPT_WEIGHTS", 1000)
+    layer, x = ready(name)
+    for of_input in orders(x):
+        for of_weight in orders(x):
+            found = []
+            for call in (lambda one: one, compiled):
+                one = copy.deepcopy(layer).to(memory_format=of_weight)
+                given = x.clone(memory_format=of_input).requires_grad_()
+                out = call(one)(given)
+                out.square().sum().backward()
+                found.append([out, given.grad, *(parameter.grad for parameter in one.parameters())])
+            eager, ours = found
+            assert all(map(torch.equal, ours, eager))
+            assert list(map(strides, ours)) == list(map(strides, eager))
+
+
+@pytest.mark.parametrize(("name", "faster"), FASTER.items())
+def test_which_order_is_faster(name: str, faster: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels last for groups and for large maps, whatever the order of the weight."""
+    monkeypatch.setattr(layer_step, "KEPT_WEIGHTS", 1000)
+    layer, x = ready(name)
+    for weight in (layer.weight.contiguous(memory_format=order) for order in orders(x)):
+        for last in (False, True):
+            expected = last if faster is None else faster
+            assert takes_channels_last(layer.convolution(), x, weight, last) == expected
+
+
+class Viewing(nn.Module):
+    """Convolutions that Inductor gives channels last, behind them one that looks at strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.pool = nn.MaxPool2d(2)
+        self.last = nn.Linear(8 * 36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.second(self.first(x)))
+        found: Tensor = self.last(x.view(len(x), -1))
+        return found
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_model_may_look_at_strides(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(Viewing()).apply(qbench.enable_fast_path)
+    other, last, plain = copy.deepcopy(model), [], Convolution.__call__
+
+    def noted(linear: Convolution, x: Tensor, *rest: Any) -> Tensor:
+        if type(x) is Tensor:  # and not one that is traced
+            last.append(x.is_contiguous(memory_format=torch.channels_last))
+        return plain(linear, x, *rest)
+
+    monkeypatch.setattr(Convolution, "__call__", noted)
+    found = steps(other, compiled(other, backend), batches())
+    assert last == [backend == "inductor"] * 6  # three steps of two layers
+    for a, b in zip(found, steps(model, model, batches()), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0.02, atol=0.05 * float(b.double().abs().max()) + 1e-5)
+
+
+def test_without_a_way_to_tell_inductor_orders_stay(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    register = lowering.register.__wrapped__
+    monkeypatch.setitem(sys.modules, "torch._inductor.lowering", None)
+    with caplog.at_level("INFO", logger="qbench"):
+        register()
+    assert "keep the order of memory of eager mode" in caplog.text
 
 
 def test_what_is_exported_has_no_operators_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

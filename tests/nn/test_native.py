@@ -506,7 +506,53 @@ def test_parameters_are_those_of_the_plain_path(memory_format: torch.memory_form
                     silenced += int(silent.sum())
                     again = torch.empty_like(weight)
                     assert functions.again(weight, step, again) and torch.equal(again, value)
+                    # In contiguous memory, whatever that of W is, and back.
+                    room, other = torch.full(shape, math.nan), torch.full(shape, math.nan)
+                    turned = functions(weight, own, *affine, mean, var, scale, room)
+                    assert turned is not None and turned.value is room and torch.equal(room, value)
+                    assert functions.again(weight, step, other) and torch.equal(other, value)
+                    back = functions.in_order_of(weight, other)
+                    assert torch.equal(back, value) and back.stride() == weight.stride()
     assert silenced > 3
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
+@pytest.mark.parametrize("options", [{}, {"method": "lsq"}], ids=["", "lsq"])
+def test_large_weights_with_channels_last_are_turned_on_small_maps(
+    options: dict[str, str], low_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Convolutions are faster on contiguous memory there; nothing outside of them sees it."""
+    case = case_named("conv bn")
+    layer, _ = make_layer(case, config=qbench.get_qconfig(**options))
+    layer = layer.to(memory_format=torch.channels_last).train().apply(qbench.enable_fast_path)
+    if low_memory:
+        layer.apply(qbench.enable_low_memory)
+    x = batch(case.shape, seed=5)[:, :, :5, :5].contiguous(memory_format=torch.channels_last)
+    seen: list[bool] = []
+    plain = layer_step.Convolution.__call__
+
+    def noted(linear: layer_step.Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(x.is_contiguous() and weight.is_contiguous())
+        return plain(linear, x, weight, bias)
+
+    monkeypatch.setattr(layer_step.Convolution, "__call__", noted)
+    monkeypatch.setattr(layer_step, "KEPT_WEIGHTS", 20)
+    monkeypatch.setattr(layer_step, "KEPT_WEIGHTS_LOW_MEMORY", 20)
+    layer(x).square().sum().backward()  # now there are ranges, and starts of what is learned
+    layer.zero_grad()
+    found = []
+    for small in (32, 0):
+        monkeypatch.setattr(layer_step, "_SMALL_MAP", small)
+        one, given = copy.deepcopy(layer), x.clone().requires_grad_()
+        seen.clear()
+        out = one(given)
+        assert seen == [small > 0] and one.path == "native"
+        out.square().sum().backward()
+        found.append([out.detach(), given.grad, *(p.grad for p in one.parameters()), *one.state_dict().values()])
+    assert len(found[0]) > 12
+    for ours, theirs in zip(*found, strict=True):
+        assert ours is not None and theirs is not None and ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()) + 1e-6)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.has_bn], ids=lambda case: case.name)

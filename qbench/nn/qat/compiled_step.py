@@ -17,7 +17,7 @@ from qbench.fake_quantize import FakeQuantize
 from qbench.nn.qat.epilogue import ByNative, ClipByNative, bounds_of, clip_of
 from qbench.nn.qat.fast_parameters import StraightParameters
 from qbench.nn.qat.step import Plan, plan_of
-from qbench.numerics.native import operators
+from qbench.numerics.native import lowering, operators
 
 if TYPE_CHECKING:
     from qbench.nn.qat.body import QatOp
@@ -71,6 +71,7 @@ def rule_of(layer: QatLayer) -> Rule | None:
         return None
     if not isinstance(step.parameters, StraightParameters) or step.parameters.functions is None:
         return None
+    lowering.register()
     before = quantizer is not layer.output_quantizer
     bounds = bounds_of(None if before else layer.activation_module)
     assert bounds is not None
@@ -130,9 +131,9 @@ def compiled_clip(op: QatOp, y: Tensor, bounds: tuple[float, float]) -> Tensor |
     grid: Grid | None = op.clip_rule(*bounds, *_switches(quantizer))
     if grid is None:
         return None
-    state, weight = _remembered(quantizer, grid)
-    out, _, *moved = operators.clip(y, *state, *bounds, grid.bits, grid.signed, grid.symmetric, weight)
-    _move(quantizer, state if weight is not None else (), moved)
+    state, of_newest = _remembered(quantizer, grid)
+    out = operators.clip(y, *state, *bounds, grid.bits, grid.signed, grid.symmetric, of_newest)
+    quantizer.seen_data = True
     return out
 
 
@@ -146,37 +147,28 @@ def _switches(quantizer: Any) -> tuple[bool, bool]:
     return quantizer.training and quantizer.observer_enabled, quantizer.fake_quant_enabled
 
 
-def _remembered(quantizer: Any, grid: Grid) -> tuple[tuple[Tensor, ...], float | None]:
+def _remembered(quantizer: Any, grid: Grid) -> tuple[tuple[Tensor | None, ...], float | None]:
     """What is known of a range and its grid, and the weight of the newest range; None where nothing observes."""
     observer, found = quantizer.observer, (quantizer.scale, quantizer.zero_point)
     if not (quantizer.training and quantizer.observer_enabled):
-        return (found[0], found[0], *found), None
+        return (None, None, *found), None
     return (observer.min_val, observer.max_val, *found), observer.averaging_constant if grid.averages else -1.0
-
-
-def _move(quantizer: Any, state: tuple[Tensor, ...], moved: list[Tensor]) -> None:
-    with torch.no_grad():
-        for old, new in zip(state, moved, strict=False):
-            old.copy_(new.detach())
-    quantizer.seen_data = True
 
 
 def _served(layer: QatLayer, x: Tensor, rule: Rule) -> Tensor:
     bn: Any = layer.bn
     quantizer: Any = layer.pre_activation_quantizer if rule.before else layer.output_quantizer
-    running = bn.running_mean, bn.running_var
     weight, bias, input_scale = layer.linear_weight, layer.linear_bias, layer.input_scale()
     grid = rule.grid
     state, of_newest = _remembered(quantizer, grid)
-    out, _, _, _, *moved = operators.layer_forward(
-        *(x, weight, bias, bn.weight, bn.bias, input_scale, *running, *state),
+    out = operators.layer(
+        *(x, weight, bias, bn.weight, bn.bias, input_scale),
+        *(bn.running_mean, bn.running_var, bn.num_batches_tracked, *state),
         *rule.linear,
         rule.weight_grid,
         *rule.bias,
         *(bn.momentum, bn.eps, rule.low, rule.high, grid.bits, grid.signed, grid.symmetric, of_newest),
-        operators.takes_channels_last(x, weight, rule.linear[-1]),
+        None,  # the order of memory: a compiler's to say
     )
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    _move(quantizer, (*running, *state) if of_newest is not None else running, moved)
+    quantizer.seen_data = True
     return layer.activated(out) if rule.before else out

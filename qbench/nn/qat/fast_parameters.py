@@ -410,6 +410,15 @@ class StraightParameters:
         code.forward(in_rows(value), in_rows(weight), qparams.scale[:, None], qparams.zero_point[:, None])
         return value
 
+    @property
+    def turns(self) -> bool:
+        """See `qbench.numerics.layer_step.Parameters`."""
+        return self.functions is not None
+
+    def in_order_of(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """See `qbench.numerics.layer_step.Parameters`."""
+        return grad if self.functions is None else self.functions.in_order_of(weight, grad)
+
     def backward(self, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
         """See `qbench.numerics.layer_step.Parameters`: what reaches `Ŵ/k` is for W alone."""
         return grad, None, None
@@ -467,6 +476,15 @@ class LearnedParameters:
         value = torch.empty_like(weight) if room is None else room
         self.functions.again(weight, qparams.scale, value)
         return value
+
+    @property
+    def turns(self) -> bool:
+        """See `qbench.numerics.layer_step.Parameters`."""
+        return True
+
+    def in_order_of(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """See `qbench.numerics.layer_step.Parameters`."""
+        return self.functions.in_order_of(weight, grad)
 
     def backward(
         self, grad: Tensor, grad_error: Tensor | None, weight: Tensor, saved: tuple[Tensor | None, ...], learns: bool

@@ -99,6 +99,30 @@ void round_row(const float* weight, int64_t values, float step, float low, float
     for (int64_t i = 0; i < values; ++i) value[i] = at_most(at_least(std::rint(weight[i] * inverse), low), high) * step;
 }
 
+// (rows, columns) as (columns, rows).
+void turn(const float* from, int64_t rows, int64_t columns, float* to) {
+    for (int64_t c = 0; c < columns; ++c)
+        for (int64_t r = 0; r < rows; ++r) to[c * rows + r] = from[r * columns + c];
+}
+
+// Rounds rows of (positions, …) to rows of (…, positions).
+class Rounding {
+  public:
+    Rounding(int64_t values, int64_t positions, int64_t qmin, int64_t qmax)
+        : values_(values), positions_(positions), low_(static_cast<float>(qmin)), high_(static_cast<float>(qmax)),
+          room_(positions > 1 ? values : 0) {}
+    void operator()(const float* weight, float step, float* value) {
+        if (positions_ == 1) return round_row(weight, values_, step, low_, high_, value);
+        round_row(weight, values_, step, low_, high_, room_.data());
+        turn(room_.data(), positions_, values_ / positions_, value);
+    }
+
+  private:
+    const int64_t values_, positions_;
+    const float low_, high_;
+    std::vector<float> room_;
+};
+
 // max |W| of a row; NaN where there is one.
 float largest_of(const float* weight, int64_t values) {
     float largest = 0.0f;
@@ -129,8 +153,8 @@ struct BiasCode {
 // ∂s_in/∂(what is learned of it).
 void parameters(const float* weight, const float* bias, const float* gamma, const float* beta, const float* mean,
                 const float* var, const float* input_scale, const float* beside_input, const float* learned,
-                const float* beside, int64_t given, int64_t channels, int64_t values, int64_t eps, int64_t qmin,
-                int64_t qmax, int64_t bias_bits, int64_t code_limit, float input_factor, float factor_of_step,
+                const float* beside, int64_t given, int64_t channels, int64_t values, int64_t positions, int64_t eps,
+                int64_t qmin, int64_t qmax, int64_t bias_bits, int64_t code_limit, float input_factor, float factor_of_step,
                 float* value, float* step, float* error, bool* silenced, float* kept) {
     const bool normalized = given & kBatchNorm;
     const Scale input(*input_scale, *beside_input, input_factor, given & kInputApart);
@@ -138,7 +162,8 @@ void parameters(const float* weight, const float* bias, const float* gamma, cons
         kept[4 * channels] = input.value;
         kept[4 * channels + 1] = input.slope;
     }
-#pragma omp parallel for schedule(static)
+    Rounding round(values, positions, qmin, qmax);
+#pragma omp parallel for schedule(static) firstprivate(round)
     for (int64_t c = 0; c < channels; ++c) {
         const float* row = weight + c * values;
         const Scale given_step(learned[c], beside[c], factor_of_step, given & kApart);
@@ -191,17 +216,23 @@ void parameters(const float* weight, const float* bias, const float* gamma, cons
             kept[2 * channels + c] = through;
             kept[3 * channels + c] = share * given_step.slope;
         }
-        round_row(row, values, found, static_cast<float>(qmin), static_cast<float>(qmax), value + c * values);
+        round(row, found, value + c * values);
     }
 }
 
 // Ŵ/k once more, from the step that was found.
-void again(const float* weight, const float* step, int64_t channels, int64_t values, int64_t qmin, int64_t qmax,
-           float* value) {
+void again(const float* weight, const float* step, int64_t channels, int64_t values, int64_t positions, int64_t qmin,
+           int64_t qmax, float* value) {
+    Rounding round(values, positions, qmin, qmax);
+#pragma omp parallel for schedule(static) firstprivate(round)
+    for (int64_t c = 0; c < channels; ++c) round(weight + c * values, step[c], value + c * values);
+}
+
+// A gradient to Ŵ/k, rows of (…, positions), in the order of W, rows of (positions, …).
+void turned(const float* grad, int64_t channels, int64_t values, int64_t positions, float* out) {
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < channels; ++c)
-        round_row(weight + c * values, values, step[c], static_cast<float>(qmin), static_cast<float>(qmax),
-                  value + c * values);
+        turn(grad + c * values, values / positions, positions, out + c * values);
 }
 
 struct Sums {

@@ -27,6 +27,7 @@ class Library(NamedTuple):
 
     parameters: Function
     again: Function
+    turned: Function
     forward: Function
     backward: Function
     backward_of_weight: Function

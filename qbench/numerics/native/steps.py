@@ -99,7 +99,7 @@ class Parameters:
             mean: `μ_r`, (out,), with a BatchNorm.
             var: `σ²_r`, (out,), with a BatchNorm.
             input_scale: `s_in`, (), or None.
-            room: Where to put the value, like `W`; None for memory of its own.
+            room: Where to put the value, like `W` or contiguous; None for memory of its own.
             learned: The steps of the weight's range, (out,) each, where they are learned; else None.
             keeps: Whether to keep what `backward` needs.
         """
@@ -117,11 +117,14 @@ class Parameters:
                 return None
             given += _INPUT_SCALE
         value = torch.empty_like(weight) if room is None else room
+        positions = _turned_positions(weight, value)
+        if positions is None:
+            return None
         step, error = weight.new_empty(channels), weight.new_empty(channels)
         silenced = weight.new_empty(channels, dtype=torch.bool)
         kept = weight.new_empty(4 * channels + 2) if keeps else None
         tensors = (weight if one is None else one for one in (bias, gamma, beta, mean, var))
-        sizes = given, channels, weight.numel() // channels, _bits(self.eps or 0.0)
+        sizes = given, channels, weight.numel() // channels, positions, _bits(self.eps or 0.0)
         rule = self.qmin, self.qmax, self.bias_bits, self.code_limit, input_factor, factor
         to = value, step, error, silenced, step if kept is None else kept
         self.functions.parameters(weight, *tensors, scale, beside_input, steps, beside, *sizes, *rule, *to)
@@ -148,8 +151,8 @@ class Parameters:
             learns: Whether the steps are learned.
             into: Where to put the gradient to W, like W, where the steps are learned; None for the place of `grad`.
         """
-        if learns and grad.stride() != weight.stride():
-            grad = torch.empty_like(weight).copy_(grad)
+        if learns:
+            grad = self.in_order_of(weight, grad)
         channels, given = len(weight), learns * _LEARNS + (grad_error is not None) * _ERROR + _KEEPS
         grad_step = torch.empty_like(step) if learns else step
         grad_input = weight.new_empty(())
@@ -170,14 +173,24 @@ class Parameters:
         Args:
             weight: As before.
             step: As found before.
-            value: Like `W`, written to.
+            value: Like `W` or contiguous, written to.
         """
-        channels = len(weight)
-        if not _in_one_piece(weight) or value.stride() != weight.stride() or not _usable(step, channels):
+        channels, positions = len(weight), _turned_positions(weight, value)
+        if not _in_one_piece(weight) or positions is None or not _usable(step, channels):
             return False
-        sizes = channels, weight.numel() // channels
+        sizes = channels, weight.numel() // channels, positions
         self.functions.again(weight, step, *sizes, self.qmin, self.qmax, value)
         return True
+
+    def in_order_of(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """A gradient in the order of memory of `W`: itself, or a copy."""
+        if grad.stride() == weight.stride():
+            return grad
+        found, positions = torch.empty_like(weight), _turned_positions(weight, grad)
+        if positions is None or grad.dtype is not torch.float32 or not _in_one_piece(weight):
+            return found.copy_(grad)
+        self.functions.turned(grad, len(weight), weight.numel() // len(weight), positions, found)
+        return found
 
 
 class Remembered(NamedTuple):
@@ -305,7 +318,7 @@ class _RoundWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, step: Tensor, codes: tuple[int, int], functions: Library) -> Tensor:
         value, channels = torch.empty_like(weight), len(weight)
-        functions.again(weight, step, channels, weight.numel() // channels, *codes, value)
+        functions.again(weight, step, channels, weight.numel() // channels, 1, *codes, value)
         ctx.codes, ctx.functions = codes, functions
         ctx.save_for_backward(weight, step)
         return value
@@ -602,6 +615,20 @@ def _is_counter(batches: Tensor | None) -> bool:
 def _in_one_piece(weight: Tensor) -> bool:
     dense = weight.is_contiguous() or bool(channels_are_last(weight))
     return dense and weight.dtype is torch.float32 and weight.is_cpu
+
+
+def _turned_positions(weight: Tensor, value: Tensor) -> int | None:
+    """How many positions of a row stand before its channels in `W` and behind them in `value`; None: another order.
+
+    One where rows are alike.
+
+    Args:
+        weight: `W`, in one piece of memory.
+        value: Of the same shape.
+    """
+    if value.stride() == weight.stride():
+        return 1
+    return math.prod(weight.shape[2:]) if value.is_contiguous() else None
 
 
 def _sizes(y: Tensor) -> tuple[int, int, int, int] | None:
