@@ -165,7 +165,7 @@ class Parameters(Protocol):
         ...
 
     def in_order_of(self, weight: Tensor, grad: Tensor) -> Tensor:
-        """A gradient to `Ŵ/k` in the order of memory of W."""
+        """A gradient to `Ŵ/k` in the order of memory of W; it may take the place of the one that is given."""
         ...
 
     def backward(

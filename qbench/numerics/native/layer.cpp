@@ -228,11 +228,18 @@ void again(const float* weight, const float* step, int64_t channels, int64_t val
     for (int64_t c = 0; c < channels; ++c) round(weight + c * values, step[c], value + c * values);
 }
 
-// A gradient to Ŵ/k, rows of (…, positions), in the order of W, rows of (positions, …).
-void turned(const float* grad, int64_t channels, int64_t values, int64_t positions, float* out) {
-#pragma omp parallel for schedule(static)
-    for (int64_t c = 0; c < channels; ++c)
-        turn(grad + c * values, values / positions, positions, out + c * values);
+// A gradient to Ŵ/k, rows of (…, positions), becomes one in the order of W, rows of (positions, …).
+void turned(float* grad, int64_t channels, int64_t values, int64_t positions) {
+#pragma omp parallel
+    {
+        std::vector<float> room(values);
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < channels; ++c) {
+            float* row = grad + c * values;
+            std::copy(row, row + values, room.data());
+            turn(room.data(), values / positions, positions, row);
+        }
+    }
 }
 
 struct Sums {

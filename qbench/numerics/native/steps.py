@@ -151,8 +151,10 @@ class Parameters:
             learns: Whether the steps are learned.
             into: Where to put the gradient to W, like W, where the steps are learned; None for the place of `grad`.
         """
-        if learns:
+        if learns and into is None:
             grad = self.in_order_of(weight, grad)
+        elif learns and grad.stride() != weight.stride():
+            grad = torch.empty_like(weight).copy_(grad)
         channels, given = len(weight), learns * _LEARNS + (grad_error is not None) * _ERROR + _KEEPS
         grad_step = torch.empty_like(step) if learns else step
         grad_input = weight.new_empty(())
@@ -183,14 +185,14 @@ class Parameters:
         return True
 
     def in_order_of(self, weight: Tensor, grad: Tensor) -> Tensor:
-        """A gradient in the order of memory of `W`: itself, or a copy."""
+        """A gradient in the order of memory of `W`, which may have taken the place of the one that is given."""
         if grad.stride() == weight.stride():
             return grad
-        found, positions = torch.empty_like(weight), _turned_positions(weight, grad)
+        positions = _turned_positions(weight, grad)
         if positions is None or grad.dtype is not torch.float32 or not _in_one_piece(weight):
-            return found.copy_(grad)
-        self.functions.turned(grad, len(weight), weight.numel() // len(weight), positions, found)
-        return found
+            return torch.empty_like(weight).copy_(grad)
+        self.functions.turned(grad, len(weight), weight.numel() // len(weight), positions)
+        return grad.as_strided(weight.shape, weight.stride())
 
 
 class Remembered(NamedTuple):
