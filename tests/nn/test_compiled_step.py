@@ -226,6 +226,19 @@ def test_which_order_is_faster(name: str, faster: bool | None, monkeypatch: pyte
             assert takes_channels_last(layer.convolution(), x, weight, last) == expected
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_images_of_other_sizes_are_served(backend: str, memory_format: torch.memory_format) -> None:
+    model = nn.Sequential(network(), nn.AdaptiveAvgPool2d(1))
+    model = prepared(model).to(memory_format=memory_format).apply(qbench.enable_fast_path)  # type: ignore[call-overload]
+    other = copy.deepcopy(model)
+    call = torch.compile(other, backend=backend, fullgraph=True, dynamic=True)
+    x = batches(memory_format)[0]
+    images = [x, x[:, :, :10, :9], torch.cat([x, x], 2), torch.cat([x, x], 3)]
+    for a, b in zip(steps(other, call, images), steps(model, model, images), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0.02, atol=0.05 * float(b.double().abs().max()) + 1e-5)
+
+
 class Viewing(nn.Module):
     """Convolutions that Inductor gives channels last, behind them one that looks at strides."""
 

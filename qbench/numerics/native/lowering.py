@@ -47,7 +47,7 @@ def takes_channels_last(linear: Convolution, x: Tensor, weight: Tensor, last: bo
         return not linear.is_better_turned(x, weight)
     if weight.is_contiguous(memory_format=order):
         return last
-    return _WEIGHTS_PER_VALUE * math.prod(x.shape[1:]) > weight.numel()
+    return bool(_WEIGHTS_PER_VALUE * math.prod(x.shape[1:]) > weight.numel())
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def register() -> None:
 
         @inductor.register_lowering(backward, type_promotion_kind=None)
         def _(grad: Any, x: Any, weight: Any, y: Any, *others: Any) -> Any:
-            order = ir.get_stride_order(y.get_stride())
+            order = ir.get_stride_order(y.get_stride(), virtualized.V.graph.sizevars.shape_env)
             return run_backward(ir.ExternKernel.require_stride_order(grad, order), x, weight, y, *others)
 
     except (ImportError, AttributeError) as error:
