@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from qbench import targets
 from qbench.errors import ConfigError, ConversionError, LinkError, NumericsError, QBenchError, QBenchWarning
@@ -261,7 +262,29 @@ def _reference_model(model: nn.Module) -> nn.Module:
         reference = copy.deepcopy(model, memo)
     for name in [name for name, value in reference.__dict__.items() if name.startswith("_qbench")]:
         del reference.__dict__[name]
+    _make_contiguous(reference, set(model.modules()))
     return reference.eval()
+
+
+def _make_contiguous(reference: nn.Module, theirs: set[nn.Module]) -> None:
+    """Give each tensor contiguous memory, whatever training had: XNNPACK takes no weight with channels last.
+
+    Args:
+        reference: The deployed form.
+        theirs: Modules that may be part of it, and stay as they are.
+    """
+    made: dict[Any, Any] = {}
+    for module in reference.modules():
+        if module in theirs:
+            continue
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is not None and not value.is_contiguous():
+                    if value not in made:
+                        other = value.detach().contiguous()
+                        is_parameter = isinstance(value, nn.Parameter)
+                        made[value] = nn.Parameter(other, value.requires_grad) if is_parameter else other
+                    tensors[name] = made[value]
 
 
 def _eval_reference(module: QatModule) -> nn.Module:
@@ -277,9 +300,11 @@ def _eval_reference(module: QatModule) -> nn.Module:
 def _export(
     reference: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
+    # A file keeps the order of memory of its example for its inputs: ExecuTorch would read others in it.
+    given = tree_map_only(torch.Tensor, torch.Tensor.contiguous, example_inputs)
     try:
         with torch.no_grad():
-            return torch.export.export(reference, example_inputs, dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(reference, given, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         way_out = (

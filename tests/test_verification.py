@@ -39,6 +39,22 @@ def layers_of(model: nn.Module) -> dict[str, QatLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, QatLayer)}
 
 
+def test_what_trained_with_channels_last_is_deployed_as_everything_else() -> None:
+    """Files have contiguous memory: XNNPACK refused such weights, and read inputs in the order of the example."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)
+    model = randomise_statistics(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
+    x = images(8, size=16).contiguous(memory_format=torch.channels_last)
+    model = prepared(model, x)
+    program = qbench.convert(model, (x,))
+    assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in layers_of(model).values())
+    stored = [value for value in program.state_dict.values() if value.ndim == 4]
+    assert len(stored) == 2 and all(value.is_contiguous() for value in stored)
+    found = qbench.verify(model, program, [(images(8, size=16, seed=3),)])
+    for key in ("parameters", "eval_vs_program", "integer_vs_onnxruntime", "integer_vs_executorch"):
+        assert found.comparisons[key].compared > 500 and found.exact[key], key
+
+
 def test_everything_is_compared_and_what_must_be_0_is_0() -> None:
     """The one run of both runtimes here; whole images are put out, so that many codes are compared."""
     torch.manual_seed(0)
